@@ -1,0 +1,179 @@
+"""Log-probability of one label a row, entropy and log-normalizer, and the probabilities on request.
+
+With x = logits * inv_temperature, N rows over a vocabulary of V:
+
+    lse = log sum_v exp(x_v)      logprob = x_label - lse      entropy = lse - sum_v p_v x_v,  p = softmax(x)
+
+The kernel is one pass over a row (two with probabilities): the online softmax of Milakov and Gimelshein
+(arXiv:1805.02867) with a third running sum for the entropy.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+HAS_TRITON = find_spec("triton") is not None  # a machine without it still gets the reference
+if TYPE_CHECKING or HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+IGNORE_LABEL = -100  # torch's ignore_index
+MAX_BLOCK = 4096  # vocabulary entries a program holds at once: 16 a thread with 8 warps
+
+
+def selective_log_softmax_reference(
+    logits: Tensor, labels: Tensor, inv_temperature: float = 1.0, probs_out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The plain-torch truth of `selective_log_softmax`; differentiable as long as `probs_out` is not given.
+
+    Args, returns: as `selective_log_softmax`; float64 logits are worked on, and returned, in float64.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+        RuntimeError: a label outside of the vocabulary (IndexError or a device assert, as torch.gather has it).
+    """
+    _check(logits, labels, probs_out)
+    x = (logits if logits.dtype == torch.float64 else logits.float()) * inv_temperature  # (N, V)
+    ignored = labels == IGNORE_LABEL  # (N,)
+    lse = x.logsumexp(-1)  # (N,)
+    log_probs = x - lse[:, None]  # (N, V)
+    probs = log_probs.exp()
+    chosen = log_probs.gather(1, labels.masked_fill(ignored, 0)[:, None]).squeeze(1)
+    # A logit of -inf has p = 0 and no part in the entropy; unclamped it would be 0 * -inf.
+    entropy = -(probs * log_probs.clamp_min(torch.finfo(x.dtype).min)).sum(-1)
+    if probs_out is not None:
+        probs_out.copy_(probs.masked_fill(ignored[:, None], 0.0))
+    return chosen.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0), lse.masked_fill(ignored, 0.0)
+
+
+def selective_log_softmax(
+    logits: Tensor, labels: Tensor, inv_temperature: float = 1.0, probs_out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in one Triton kernel; nothing of size (N, V) is allocated, and there is no autograd.
+
+    Args:
+        logits: (N, V) float32, bfloat16 or float16, any V, unit stride within a row.
+        labels: (N,) int64; -100 leaves a row out.
+        inv_temperature: positive factor on the logits: 1 / temperature, times the model's own logit scale.
+        probs_out: (N, V) of the logits' dtype, receives softmax(x), 0 in the rows left out; may be `logits` itself.
+
+    Returns:
+        logprob (N,), entropy (N,), lse (N,): float32, nats; 0 in the rows left out. A label outside of the vocabulary
+        that is not -100 gives a NaN logprob, since a device kernel cannot raise.
+
+    Raises:
+        ValueError: shapes, strides or dtypes that do not fit.
+        RuntimeError: Triton is not installed.
+    """
+    if not HAS_TRITON:
+        raise RuntimeError("selective_log_softmax needs Triton; selective_log_softmax_reference does not")
+    _check(logits, labels, probs_out)
+    if logits.dtype == torch.float64:
+        raise ValueError("the kernel works in float32: float64 logits need selective_log_softmax_reference")
+    rows, vocab = logits.shape
+    out = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
+    if rows == 0:
+        return out[0], out[1], out[2]
+    block = min(triton.next_power_of_2(vocab), MAX_BLOCK)
+    with torch.cuda.device_of(logits):  # Triton launches on the current device, not on the tensor's
+        _selective_log_softmax_kernel[(rows,)](
+            logits,
+            labels.contiguous(),
+            out,
+            logits if probs_out is None else probs_out,
+            logits.stride(0),
+            logits.stride(0) if probs_out is None else probs_out.stride(0),
+            rows,
+            vocab,
+            float(inv_temperature),
+            IGNORE=IGNORE_LABEL,
+            WRITE_PROBS=probs_out is not None,
+            BLOCK=block,
+            num_warps=max(1, min(8, block // 512)),
+        )
+    return out[0], out[1], out[2]
+
+
+def _check(logits: Tensor, labels: Tensor, probs_out: Tensor | None) -> None:
+    if logits.dim() != 2 or not logits.is_floating_point():
+        raise ValueError(f"logits must be (N, V) floats, not {tuple(logits.shape)} {logits.dtype}")
+    if labels.shape != logits.shape[:1] or labels.dtype != torch.int64 or labels.device != logits.device:
+        found = f"{tuple(labels.shape)} {labels.dtype} on {labels.device}"
+        raise ValueError(f"labels must be ({logits.size(0)},) int64 on {logits.device}, not {found}")
+    if probs_out is not None and (probs_out.shape, probs_out.dtype) != (logits.shape, logits.dtype):
+        raise ValueError(f"probs_out must match the logits: {tuple(logits.shape)} {logits.dtype}")
+    if any(t.size(0) and t.stride(1) != 1 for t in (logits, probs_out) if t is not None and t.size(1) > 1):
+        raise ValueError("logits and probs_out need unit stride within a row")
+
+
+def _kernel(function: Any) -> Any:
+    return triton.jit(function) if HAS_TRITON else function
+
+
+@_kernel
+def _load_scaled(logits, column, vocab, inv_temperature):
+    """x in float32 at these columns of a row; -inf beyond the vocabulary, which adds nothing to any sum."""
+    return tl.load(logits + column, mask=column < vocab, other=-float("inf")).to(tl.float32) * inv_temperature
+
+
+@_kernel
+def _write_probs(probs, logits, columns, vocab, inv_temperature, peak, total, kept, BLOCK: tl.constexpr):
+    for start in range(0, vocab, BLOCK):
+        column = start + columns
+        p = tl.exp(_load_scaled(logits, column, vocab, inv_temperature) - peak) / total
+        tl.store(probs + column, tl.where(kept, p, 0.0).to(probs.dtype.element_ty), mask=column < vocab)
+
+
+@_kernel
+def _selective_log_softmax_kernel(
+    logits,
+    labels,
+    out,
+    probs,
+    logits_stride,
+    probs_stride,
+    rows,
+    vocab,
+    inv_temperature,
+    IGNORE: tl.constexpr,
+    WRITE_PROBS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # 64 bits: rows * vocab passes 2**31
+    logits += row * logits_stride
+    probs += row * probs_stride
+    label = tl.load(labels + row)
+    columns = tl.arange(0, BLOCK)
+
+    peak = tl.full((), -1.0e30, tl.float32)  # finite, so that peak - new_peak is never inf - inf
+    total = tl.full((), 0.0, tl.float32)  # sum of exp(x - peak)
+    weighted = tl.full((), 0.0, tl.float32)  # sum of exp(x - peak) * (x - peak)
+    chosen = tl.zeros((BLOCK,), tl.float32)  # x at the label's column, 0 in all others
+    for start in range(0, vocab, BLOCK):
+        column = start + columns
+        x = _load_scaled(logits, column, vocab, inv_temperature)
+        new_peak = tl.maximum(peak, tl.max(x, 0))
+        shrink = tl.exp(peak - new_peak)
+        shifted = x - new_peak
+        weight = tl.exp(shifted)
+        # Moving the peak by d turns e * z into shrink * e * (z + d): hence the term in total.
+        weighted = shrink * (weighted + (peak - new_peak) * total)
+        weighted += tl.sum(tl.where(weight > 0, weight * shifted, 0.0), 0)
+        total = shrink * total + tl.sum(weight, 0)
+        # Read from the block and not from memory again: probs may overwrite logits below.
+        chosen += tl.where(column == label, x, 0.0)
+        peak = new_peak
+
+    log_total = tl.log(total)
+    kept = label != IGNORE
+    logprob = tl.where((label >= 0) & (label < vocab), tl.sum(chosen, 0) - peak - log_total, float("nan"))
+    tl.store(out + row, tl.where(kept, logprob, 0.0))
+    tl.store(out + rows + row, tl.where(kept, log_total - weighted / total, 0.0))
+    tl.store(out + 2 * rows + row, tl.where(kept, peak + log_total, 0.0))
+
+    if WRITE_PROBS:
+        _write_probs(probs, logits, columns, vocab, inv_temperature, peak, total, kept, BLOCK)

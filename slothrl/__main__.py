@@ -1,0 +1,26 @@
+"""`python -m slothrl [command] …`: a table of commands, one line each."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+COMMANDS = {
+    "train": ("slothrl.train", "train a model: python -m slothrl [train] group=choice key=value … (the default)"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
+    if arguments[:1] == ["commands"]:
+        print("\n".join(f"{name:10} {line}" for name, (_, line) in COMMANDS.items()))
+        return 0
+    command: Callable[[list[str]], int] = import_module(COMMANDS[name][0]).main
+    return command(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

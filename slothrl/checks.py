@@ -1,0 +1,226 @@
+"""What is wrong with a config, all of it, in well under a second: nothing here imports torch or loads a model."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from slothrl.config import Config
+from slothrl.data import static_data_problems
+from slothrl.embedded import EMBEDDED, context_of
+from slothrl.rewards import static_reward_problems
+from slothrl.trainer_fields import trainer_fields
+
+UNSET = "???"
+CHOICES = {
+    "model.quantization": ("auto", "nf4", "int8", "none"),
+    "model.dtype": ("auto", "bfloat16", "float16", "float32"),
+    "rollout.engine": ("auto", "vllm", "transformers"),
+    "rollout.dtype": ("auto", "bfloat16", "float16", "float32"),
+    "gpu.device": ("cpu", "cuda"),
+    "algo.trainer": ("grpo", "sft"),
+    "trainer.loss_type": None,  # per trainer, below
+    "trainer.scale_rewards": ("group", "batch", "none", True, False),
+    "trainer.importance_sampling_level": ("token", "sequence"),
+    "trainer.vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+}
+LOSS_TYPES = {
+    "grpo": ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"),
+    "sft": ("nll", "chunked_nll", "dft"),
+}
+OURS = {
+    "use_vllm": "rollout=vllm",
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "reward_weights": "reward.weights",
+    "report_to": "logger",
+    "resume_from_checkpoint": "resume",
+}
+
+
+def problems(config: Config | DictConfig) -> list[str]:
+    """Everything wrong with a composed config that shows without loading data or a model, one line each."""
+    found = _mandatory(config)
+    if found:  # the rest would trip over them
+        return found
+    trainer = set_fields(config.trainer)
+    found += _choices(config, trainer)
+    found += _trainer_problems(config.algo.trainer, trainer)
+    found += _ranges(config)
+    if config.algo.trainer == "grpo":
+        found += batch_problems(trainer) + _length_problems(config, trainer)
+    found += static_data_problems(config.data)
+    if config.algo.trainer == "grpo" or config.reward.functions:
+        found += static_reward_problems(config.reward)
+    found += _model_problems(config) + _device_problems(config) + _path_problems(config)
+    return list(dict.fromkeys(found))
+
+
+def set_fields(trainer: Any) -> dict[str, Any]:
+    """The trainer fields that somebody set; the others keep TRL's defaults."""
+    plain = OmegaConf.to_container(trainer, resolve=True) if isinstance(trainer, DictConfig) else dict(trainer)
+    return {str(key): value for key, value in dict(plain).items() if value != UNSET}  # pyright: ignore
+
+
+def _mandatory(config: Any) -> list[str]:
+    missing = sorted(k for k in OmegaConf.missing_keys(config) if not k.startswith("trainer."))
+    return [f"{key} is needed: {key}=…" for key in missing]
+
+
+def _choices(config: Any, trainer: dict[str, Any]) -> list[str]:
+    found = []
+    for key, valid in CHOICES.items():
+        if key == "trainer.loss_type":
+            valid = LOSS_TYPES.get(config.algo.trainer)
+        value = trainer.get(key.split(".")[1]) if key.startswith("trainer.") else OmegaConf.select(config, key)
+        if valid and value is not None and value not in valid:
+            found.append(f"{key}={value}: must be one of {', '.join(str(v) for v in valid)}")
+    return found
+
+
+def _trainer_problems(kind: str, trainer: dict[str, Any]) -> list[str]:
+    fields, found = trainer_fields(kind), []
+    other = "sft" if kind == "grpo" else "grpo"
+    for name, value in trainer.items():
+        if name in OURS:
+            found.append(f"trainer.{name}: set {OURS[name]}=… instead")
+        elif name not in fields:
+            if name != "max_completion_length":  # the data presets set it for every algorithm
+                found.append(f"trainer.{name} belongs to {other.upper()}Config, and this run is algo.trainer={kind}")
+        elif problem := fields[name].problem(value):
+            found.append(f"trainer.{name}={value}: {problem}")
+    return found
+
+
+def _ranges(config: Any) -> list[str]:
+    found = []
+    for key, low in (("model.lora.r", 1), ("data.max_prompt_length", 1), ("data.eval_size", 0), ("logger.samples_every", 1)):
+        if (value := OmegaConf.select(config, key)) < low:
+            found.append(f"{key}={value}: must be at least {low}")
+    for key in ("rollout.gpu_memory_utilization", "model.lora.lora_dropout"):
+        if not 0 <= (value := OmegaConf.select(config, key)) < 1:
+            found.append(f"{key}={value}: must be in [0, 1)")
+    return found
+
+
+def batch_problems(trainer: dict[str, Any]) -> list[str]:
+    """Contradictions in the arithmetic of one GRPO step, with the numbers that would fit."""
+    fields = trainer_fields("grpo")
+
+    def value(name: str) -> Any:
+        return trainer.get(name, fields[name].default)
+
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "max_completion_length")
+    if not all(isinstance(value(name), int) for name in names):
+        return []  # said already, with the type that the field takes
+    per_device, group = value("per_device_train_batch_size"), value("num_generations")
+    accumulation, per_generation = value("gradient_accumulation_steps"), value("steps_per_generation")
+    found = [
+        f"trainer.{name}={number}: must be at least {low}"
+        for name, number, low in (
+            ("per_device_train_batch_size", per_device, 1),
+            ("gradient_accumulation_steps", accumulation, 1),
+            ("num_generations", group, 2),
+            ("max_completion_length", value("max_completion_length"), 1),
+        )
+        if number < low
+    ]
+    if found:
+        return found
+    batch = value("generation_batch_size") or per_device * (per_generation or accumulation)
+    if batch % group:
+        near = [n for n in range(2, batch + 1) if batch % n == 0]
+        near = sorted(sorted(near, key=lambda n: abs(n - group))[:3])
+        found.append(
+            f"trainer.num_generations={group} does not divide the generation batch of {batch} (trainer."
+            f"per_device_train_batch_size={per_device} x {'steps_per_generation' if per_generation else 'gradient_accumulation_steps'}"
+            f"={per_generation or accumulation}); it would divide it as {', '.join(map(str, near)) or 'nothing: raise the batch'}"
+        )
+    return found
+
+
+def _length_problems(config: Any, trainer: dict[str, Any]) -> list[str]:
+    completion = trainer.get("max_completion_length", trainer_fields("grpo")["max_completion_length"].default)
+    prompt, context = config.data.max_prompt_length, context_of(config.model.name)
+    if not isinstance(completion, int):
+        return []
+    found = []
+    if context is not None and prompt + completion > context:
+        found.append(
+            f"data.max_prompt_length={prompt} + trainer.max_completion_length={completion} = {prompt + completion} tokens,"
+            f" more than the {context} of {config.model.name}"
+        )
+    limit = config.rollout.max_model_len
+    if limit is not None and prompt + completion > limit:
+        found.append(
+            f"rollout.max_model_len={limit} is under data.max_prompt_length + trainer.max_completion_length = {prompt + completion}"
+        )
+    return found
+
+
+def _model_problems(config: Any) -> list[str]:
+    name = config.model.name
+    if name in EMBEDDED:
+        return []
+    path = Path(name).expanduser()
+    # A hub name is "owner/name" or "name"; everything else is meant as a path.
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
+    if path.is_dir():
+        return [] if (path / "config.json").is_file() else [f"model.name={name}: no config.json in this folder"]
+    return [f"model.name={name}: no such folder"] if looks_like_path else []
+
+
+def _device_problems(config: Any) -> list[str]:
+    if config.gpu.device != "cuda":
+        return []
+    if not gpu_memory_gb():
+        return [f"gpu={config.gpu.name}: no CUDA device here (the driver shows none); use gpu=cpu"]
+    return []
+
+
+def gpu_memory_gb() -> float | None:
+    """Memory of the first visible CUDA device in GB, asked of the driver itself; None where there is no device."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    count, total = ctypes.c_int(), ctypes.c_size_t()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return None
+    device = ctypes.c_int()
+    if driver.cuDeviceGet(ctypes.byref(device), 0) or driver.cuDeviceTotalMem_v2(ctypes.byref(total), device):
+        return None
+    return total.value / 1e9
+
+
+def detect_gpu() -> str:
+    """The gpu preset for this machine: the largest whose card is not larger than this one."""
+    memory = gpu_memory_gb()
+    if memory is None:
+        return "cpu"
+    # Cards report a little under their name: a 24 GB one has 25.3e9 bytes, an 8 GB one 8.2e9 to 8.5e9.
+    fitting = [name for size, name in ((80, "80gb"), (24, "24gb"), (16, "16gb"), (12, "12gb"), (8, "8gb")) if memory >= size]
+    return fitting[0] if fitting else "8gb"
+
+
+def _path_problems(config: Any) -> list[str]:
+    found = []
+    if config.resume is not None and not Path(config.resume).expanduser().is_dir():
+        found.append(f"resume={config.resume}: no such folder")
+    if config.output_dir is not None and (reason := _unwritable(Path(config.output_dir).expanduser())):
+        found.append(f"output_dir={config.output_dir}: {reason}")
+    return found
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Why `folder` could not be made or written to, found at its nearest existing parent."""
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        return f"{existing} is a file"
+    return None if os.access(existing, os.W_OK | os.X_OK) else f"{existing} is not writable"

@@ -1,0 +1,178 @@
+"""From a command line to a checked config, through Hydra, with every mistake found at once and nearest names given."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra import compose, initialize
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import slothrl
+from slothrl.checks import UNSET, detect_gpu, problems
+from slothrl.config import Config
+from slothrl.errors import ConfigError
+from slothrl.trainer_fields import trainer_fields
+
+# Open dictionaries whose keys are the task's or the reward's own: no "+" needed to add one.
+OPEN = ("data.task.", "reward.params.")
+
+
+def conf_dir() -> Path:
+    """Where the packaged groups lie: inside the package from a wheel, beside it in a checkout."""
+    inside = Path(slothrl.__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(slothrl.__file__).parent.parent / "conf"
+
+
+class SearchPath(SearchPathPlugin):
+    """Puts the user's own folder before the packaged groups, so that a file of the same name replaces ours.
+
+    Hydra's own --config-dir goes behind the primary config's folder and would lose.
+    """
+
+    overlay: Path | None = None
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        if self.overlay is not None:
+            search_path.append("user", f"file://{self.overlay.resolve()}")
+        search_path.append("slothrl", f"file://{conf_dir()}")
+
+
+def register(overlay: Path | None = None) -> None:
+    """Make schema and search path known to Hydra in this process.
+
+    Args:
+        overlay: the user's own config folder.
+    """
+    schema = OmegaConf.structured(Config)
+    # Every field of TRL's configs is there under its own name, unset, so that an override needs no "+".
+    names = sorted(set(trainer_fields("grpo")) | set(trainer_fields("sft")))
+    schema.trainer = OmegaConf.create({name: UNSET for name in names})
+    ConfigStore.instance().store(name="schema", node=schema)
+    SearchPath.overlay = overlay
+    if SearchPath not in Plugins.instance().discover(SearchPathPlugin):
+        Plugins.instance().register(SearchPath)
+
+
+def with_defaults(overrides: Sequence[str]) -> list[str]:
+    """The overrides with the gpu preset of this machine where none is named, and open keys made addable."""
+    given = [("++" + o) if o.startswith(OPEN) else o for o in overrides]
+    given = [f"gpu={detect_gpu()}" if o == "gpu=auto" else o for o in given]
+    if not any(o.startswith("gpu=") for o in given):
+        given.append(f"gpu={detect_gpu()}")
+    return given
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    with initialize(version_base="1.3", config_path=None):
+        yield
+
+
+def compose_config(overrides: Sequence[str] = (), overlay: Path | None = None) -> DictConfig:
+    """Compose and check one config, as the command line would: the way in for notebooks and tests.
+
+    Args:
+        overrides: as on the command line, `["algo=dapo", "trainer.max_steps=10"]`.
+        overlay: the user's own config folder.
+    Raises:
+        ConfigError: with every problem found.
+    """
+    register(overlay)
+    config, found = _compose(with_defaults(overrides))
+    if config is None or (found := problems(config)):
+        raise ConfigError(found)
+    return config
+
+
+def _compose(overrides: list[str]) -> tuple[DictConfig | None, list[str]]:
+    """(the config, []) or (None, what is wrong with the overrides, one line each)."""
+    with _hydra():
+        try:
+            return compose("config", overrides), []
+        except (HydraException, OmegaConfBaseException) as error:
+            first = error
+        # Hydra stops at the first mistake; each override alone shows them all.
+        found = [line for override in overrides if (line := _override_problem(override))]
+    return None, found or [_one_line(first)]
+
+
+def _override_problem(override: str) -> str | None:
+    try:
+        compose("config", [override])
+    except (HydraException, OmegaConfBaseException) as error:
+        return _explain(override, error)
+    return None
+
+
+def _explain(override: str, error: Exception) -> str:
+    try:
+        parsed: Override = OverridesParser.create().parse_override(override)
+    except HydraException:
+        return f"{override}: not an override; write group=choice or key=value, quoted for your shell"
+    key = parsed.key_or_group
+    loader = GlobalHydra.instance().config_loader()
+    if loader.list_groups(key) or loader.get_group_options(key):
+        options = loader.get_group_options(key)
+        return f"{override}: {key} is one of {', '.join(options)}{_nearest(str(parsed.value()), options)}"
+    keys = known_keys()
+    if key in keys:
+        return f"{override}: {_one_line(error)}"
+    return f"{override}: there is no {key}{_nearest(key, keys)}"
+
+
+def known_keys() -> list[str]:
+    """Every key and group of the default config, "trainer.beta" style."""
+    keys: list[str] = []
+
+    def walk(node: DictConfig, prefix: str) -> None:
+        for key in node:
+            keys.append(f"{prefix}{key}")
+            child = node._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+                walk(child, f"{prefix}{key}.")
+
+    walk(compose("config"), "")
+    return keys
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    # A key with the right last part under the wrong group is the commonest slip.
+    tail = word.rsplit(".", 1)[-1]
+    near = [k for k in known if "." in k and k.rsplit(".", 1)[-1] == tail]
+    near += difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    by_tail = {k.rsplit(".", 1)[-1]: k for k in known}
+    near += [by_tail[t] for t in difflib.get_close_matches(tail, list(by_tail), n=2, cutoff=0.7)]
+    near = list(dict.fromkeys(near))[:3]
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _one_line(error: BaseException) -> str:
+    while error.__cause__ is not None:  # Hydra wraps what OmegaConf says of a value
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = next((line for line in lines if not line.startswith(("In '", "Could not override"))), lines[0] if lines else "")
+    return re.sub(r"\s+", " ", text)
+
+
+def check_jobs(jobs: Sequence[Sequence[str]]) -> None:
+    """Compose and check every job of a command line. Raises `ConfigError` with the problems of all of them."""
+    found: list[str] = []
+    for job in jobs:
+        config, wrong = _compose(list(job))
+        found += wrong if config is None else problems(config)
+    if found:
+        raise ConfigError(list(dict.fromkeys(found)))

@@ -1,0 +1,109 @@
+"""The schema of a run: typed dataclasses, registered with Hydra. Importing this imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (Hu et al., 2021), handed to `peft.LoraConfig` under PEFT's own names."""
+
+    r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    target_modules: Any = "all-linear"  # or a list of module names
+    use_rslora: bool = False
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING  # a hub name, a local folder, or "smollm2" (the embedded default)
+    revision: str | None = None
+    quantization: str = "auto"  # auto, nf4, int8, none; auto: nf4 on CUDA, none on a CPU
+    dtype: str = "auto"  # auto, bfloat16, float16, float32; auto: bfloat16 on CUDA, float32 on a CPU
+    attn_implementation: str | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass
+class DataConfig:
+    source: str = MISSING  # arithmetic, countdown, gsm8k, reasoning_gym, file, hub
+    path: str | None = None  # source=file: .jsonl/.json/.parquet/.csv; source=gsm8k: folder with train.jsonl, test.jsonl
+    eval_path: str | None = None
+    name: str | None = None  # source=hub: dataset name; source=reasoning_gym: task name
+    subset: str | None = None
+    train_split: str = "train"
+    eval_split: str | None = None
+    prompt_column: str = "prompt"
+    answer_column: str | None = "answer"
+    system: str | None = None  # system message put before every prompt that is a string
+    template: str | None = None  # str.format template over the columns, makes the prompt: "{a} + {b}"
+    format: str = "auto"  # auto, chat, plain; auto: chat where the tokenizer has a chat template
+    train_size: int | None = None  # rows made (generated tasks) or kept at most
+    eval_size: int = 64  # held-out rows
+    max_prompt_length: int = 512  # tokens
+    overlong: str = "drop"  # drop, truncate (from the left), error
+    seed: int = 0  # of generated tasks and of the held-out split; not the run's seed
+    task: dict[str, Any] = field(default_factory=dict)  # knobs of a generated task
+
+
+@dataclass
+class RewardConfig:
+    functions: list[str] = field(default_factory=list)  # entry-point names, pkg.mod:fn, ./file.py:fn
+    weights: list[float] | None = None  # one a function; default all 1.0
+    params: dict[str, Any] = field(default_factory=dict)  # {function name: {keyword: value}}
+    score: str | None = None  # the function that gives the held-out score; default: the first one
+
+
+@dataclass
+class RolloutConfig:
+    engine: str = "auto"  # auto, vllm, transformers
+    gpu_memory_utilization: float = 0.35  # share of the device that vLLM may take (GPU)
+    kv_cache_gb: float = 1.0  # KV cache (CPU)
+    max_model_len: int | None = None  # tokens; default: prompt + completion
+    enforce_eager: bool = False  # no CUDA graphs
+    dtype: str = "auto"  # vLLM's compute dtype; auto: the trainer's
+    probe: bool = True  # policy-identity probe after each LoRA push
+    probe_bound: float | None = None  # nats, mean absolute; default 0.001 where both sides are float32, else 0.15
+
+
+@dataclass
+class GpuConfig:
+    name: str = MISSING  # cpu, 8gb, 12gb, 16gb, 24gb, 80gb
+    device: str = MISSING  # cpu or cuda
+    memory_gb: float | None = None
+
+
+@dataclass
+class LoggerConfig:
+    report_to: list[str] = field(default_factory=list)  # tensorboard, wandb, trackio
+    samples: int = 4  # completions in the table of samples; 0: no table
+    samples_every: int = 10  # steps between two tables
+    progress: bool = True
+
+
+@dataclass
+class AlgoConfig:
+    name: str = MISSING
+    trainer: str = MISSING  # grpo or sft: which trainer class runs it
+
+
+@dataclass
+class Config:
+    """One run. `trainer` takes every field of TRL's GRPOConfig (or SFTConfig, for `algo=sft`) by its own name."""
+
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    gpu: GpuConfig = field(default_factory=GpuConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    trainer: Any = field(default_factory=dict)
+    seed: int = 0
+    output_dir: str | None = None  # default: Hydra's run folder
+    resume: str | None = None  # a run folder or a checkpoint-* folder

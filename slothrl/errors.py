@@ -1,0 +1,21 @@
+"""Errors that are the user's to mend: shown as plain lines and exit code 2, never as a traceback."""
+
+
+class UserError(Exception):
+    """Something the user asked for cannot be done; the message says what and which knob mends it."""
+
+
+class ConfigError(UserError):
+    """All problems found in a configuration, reported together.
+
+    Args:
+        problems: one line each, in the order in which they were found.
+    """
+
+    def __init__(self, problems: list[str]):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class PolicyMismatchError(UserError):
+    """The engine samples from another policy than the one being trained."""

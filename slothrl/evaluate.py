@@ -1,0 +1,71 @@
+"""The held-out score: greedy completions of prompts that training never sees, scored by one reward function."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slothrl.engine import Engine, Sampling
+from slothrl.rewards import Reward
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Mean score over the prompts to which the function applies.
+
+    Attributes:
+        score: mean of the function's values; NaN where it applied to none.
+        count: prompts it applied to.
+        completions: the text of each greedy completion, in the order of the prompts.
+        scores: the function's value for each, None where it did not apply.
+    """
+
+    score: float
+    count: int
+    completions: list[str]
+    scores: list[float | None]
+
+
+def prompt_token_ids(tokenizer, prompts: Sequence[Any]) -> list[list[int]]:
+    """Token ids of prompts that are strings or chat messages, ready for an engine."""
+    if prompts and isinstance(prompts[0], list):
+        return [
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+            for messages in prompts
+        ]
+    return [tokenizer(text)["input_ids"] for text in prompts]
+
+
+def held_out(engine: Engine, tokenizer, rows: list[dict[str, Any]], score: Reward, max_tokens: int) -> HeldOut:
+    """Complete every row greedily and score it.
+
+    Args:
+        rows: each with `prompt` and the columns that the function reads.
+        max_tokens: of each completion.
+    """
+    prompts = [row["prompt"] for row in rows]
+    rollout = engine.generate(prompt_token_ids(tokenizer, prompts), Sampling(max_tokens=max_tokens, temperature=0.0))
+    texts = tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
+    chat = isinstance(prompts[0], list)
+    completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
+    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+    values = score(
+        prompts=prompts,
+        completions=completions,
+        completion_ids=rollout.completion_ids,
+        trainer_state=None,
+        log_metric=lambda name, value: None,
+        log_extra=lambda column, values: None,
+        **columns,
+    )
+    if inspect.isawaitable(values):
+        values = asyncio.run(_result(values))
+    counted = [value for value in values if value is not None]
+    return HeldOut(sum(counted) / len(counted) if counted else float("nan"), len(counted), texts, list(values))
+
+
+async def _result(awaitable):
+    return await awaitable

@@ -1,0 +1,96 @@
+"""Everything a run needs short of weights, made in the order in which it can fail."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from slothrl.config import Config, DataConfig
+from slothrl.data import PromptReport, build_prompts, build_sft, load_data
+from slothrl.engine import EngineChoice, choose_engine
+from slothrl.errors import ConfigError
+from slothrl.evaluate import prompt_token_ids
+from slothrl.models import ModelPlan, load_tokenizer, plan_model
+from slothrl.rewards import Reward, load_rewards, load_score, self_test
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run's parts before its model is loaded.
+
+    Attributes:
+        train: what the trainer takes: `prompt` and columns for GRPO; messages, text or prompt and completion for SFT.
+        prompts: how GRPO's prompts were made and counted; None for SFT.
+        eval_loss: held-out rows for SFT's loss.
+        eval_rows: held-out rows with a `prompt`, to be completed greedily and scored by `score`.
+        score: the function of the held-out score; None where there is none.
+    """
+
+    config: Config
+    rewards: list[Reward]
+    score: Reward | None
+    data_title: str
+    train: Dataset
+    prompts: PromptReport | None
+    eval_loss: Dataset | None
+    eval_rows: list[dict[str, Any]]
+    model: ModelPlan
+    tokenizer: Any
+    engine: EngineChoice
+
+    @property
+    def sft(self) -> bool:
+        return self.config.algo.trainer == "sft"
+
+    def probe_rows(self) -> list[list[int]]:
+        """Fixed token rows for the policy probe: the ends of the first two prompts, 64 tokens of each at most."""
+        prompts = [row["prompt"] for row in self.train.select(range(min(2, len(self.train))))]
+        return [ids[-64:] for ids in prompt_token_ids(self.tokenizer, prompts) if len(ids) > 1]
+
+
+def prepare(config: Config) -> Prepared:
+    """Load rewards, data and tokenizer, and settle the model and the engine.
+
+    Raises:
+        UserError: with the knob that mends it; `ConfigError` with several.
+    """
+    sft = config.algo.trainer == "sft"
+    rewards = load_rewards(config.reward) if config.reward.functions else []
+    if not sft and not rewards:
+        raise ConfigError(["reward.functions is empty: name at least one, as in reward.functions=[./my_reward.py:fn]"])
+    splits = load_data(config.data)
+    model = plan_model(config.model, config.gpu.device)
+    tokenizer = load_tokenizer(model)
+    if sft:
+        prompts, train = None, build_sft(splits.train, config.data)
+    else:
+        prompts = build_prompts(splits.train, config.data, tokenizer)
+        train = prompts.dataset
+    eval_rows = _scored_rows(splits.eval, config.data, tokenizer)
+    score = load_score(config.reward, rewards) if eval_rows else None
+    if not sft:
+        self_test(rewards, list(train.select(range(min(4, len(train))))))
+    engine = choose_engine("transformers" if sft else config.rollout.engine, config.gpu.device)
+    return Prepared(
+        config=config,
+        rewards=rewards,
+        score=score,
+        data_title=splits.description,
+        train=train,
+        prompts=prompts,
+        eval_loss=build_sft(splits.eval, config.data) if sft and splits.eval is not None else None,
+        eval_rows=eval_rows if score is not None else [],
+        model=model,
+        tokenizer=tokenizer,
+        engine=engine,
+    )
+
+
+def _scored_rows(rows: Dataset | None, config: DataConfig, tokenizer) -> list[dict[str, Any]]:
+    """Held-out rows as prompts; none where the data has no prompt to complete (SFT on texts or conversations)."""
+    if rows is None or not (config.template or config.prompt_column in rows.column_names):
+        return []
+    return list(build_prompts(rows, config, tokenizer).dataset)
+

@@ -1,0 +1,286 @@
+"""One run, from a checked config to its summary: `python -m slothrl` and the notebooks both come through here."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from slothrl.config import Config
+from slothrl.engine import Engine, TransformersEngine
+from slothrl.errors import UserError
+from slothrl.evaluate import HeldOut, held_out
+from slothrl.models import parameter_bytes
+from slothrl.plan import Batch, Plan, size
+from slothrl.prepare import Prepared, prepare
+from slothrl.probe import PolicyProbe
+from slothrl.report import append_jsonl, draw_curve, read_json, read_jsonl, write_json
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came of a run.
+
+    Attributes:
+        metric: what `before` and `after` measure: a reward function's name (greedy, held-out), or "eval_loss".
+        before, after: None where nothing was held out, or where the run stopped before measuring.
+        resume: the command that goes on, where the run was interrupted.
+    """
+
+    output_dir: str
+    metric: str | None
+    before: float | None
+    after: float | None
+    steps: int
+    train_seconds: float
+    seconds: float
+    engine: str
+    resume: str | None = None
+
+
+def run(config: Config, output_dir: Path, overrides: Sequence[str] = (), console: Console | None = None) -> Summary:
+    """Train as `config` says.
+
+    Args:
+        config: composed and checked (`slothrl.checks.problems`).
+        output_dir: everything the run writes lands here.
+        overrides: the command line that led here, for the command that resumes.
+    Raises:
+        UserError: something the user can mend; nothing has been trained.
+    """
+    from slothrl.trainers.build import build_trainer, trainer_config
+
+    start = time.monotonic()
+    console = console or Console()
+    prepared = prepare(config)
+    arguments = trainer_config(prepared, output_dir)
+    checkpoint = find_checkpoint(Path(config.resume)) if config.resume else None
+    trainer = build_trainer(prepared, arguments)
+    describe(prepared, trainer, output_dir).show(console)
+    engine = attach_engine(prepared, trainer, console)
+    before = _first_score(prepared, trainer, engine, output_dir, resumed=checkpoint is not None)
+    _say_score(console, prepared, "before", before)
+    stopped, train_seconds = _train(trainer, prepared, output_dir, checkpoint, console)
+    after = None if stopped else _score(prepared, trainer, engine)
+    summary = Summary(
+        output_dir=str(output_dir),
+        metric=_metric(prepared),
+        before=before,
+        after=after,
+        steps=trainer.state.global_step,
+        train_seconds=round(train_seconds, 1),
+        seconds=round(time.monotonic() - start, 1),
+        engine=engine.name,
+        resume=resume_command(overrides, output_dir) if stopped else None,
+    )
+    _close(trainer, engine, summary, console, sft=prepared.sft)
+    return summary
+
+
+def attach_engine(prepared: Prepared, trainer, console: Console) -> Engine:
+    """Start the planned engine on the trainer's model, and for vLLM prove that it follows the LoRA."""
+    if prepared.engine.name == "transformers":
+        engine: Engine = TransformersEngine(trainer.model, prepared.tokenizer)
+        if not prepared.sft:
+            trainer.attach(engine)
+        return engine
+    engine = _start_vllm(prepared, trainer)
+    if not prepared.config.rollout.probe:
+        trainer.attach(engine)
+        return engine
+    probe = PolicyProbe(engine, trainer.model, prepared.probe_rows(), bound=_probe_bound(prepared))
+    difference = probe.check()
+    moved, apart = probe.perturbation_test()
+    console.print(
+        f"policy probe: vLLM and the trainer differ by {difference:.4f} nat; a test LoRA moved vLLM by {moved:.2f} nat"
+        f" and left them {apart:.4f} apart"
+    )
+    trainer.attach(engine, probe)
+    return engine
+
+
+def _start_vllm(prepared: Prepared, trainer) -> Engine:
+    from slothrl.vllm_engine import VLLMEngine, VLLMOptions
+
+    config, rollout = prepared.config, prepared.config.rollout
+    options = VLLMOptions(
+        path=prepared.model.path,
+        revision=prepared.model.revision,
+        max_model_len=rollout.max_model_len or config.data.max_prompt_length + trainer.args.max_completion_length,
+        max_num_seqs=trainer.args.generation_batch_size,
+        quantization="bitsandbytes" if prepared.model.quantization == "nf4" else None,
+        dtype=_engine_dtype(prepared),
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        kv_cache_gb=rollout.kv_cache_gb,
+        enforce_eager=rollout.enforce_eager,
+        seed=config.seed,
+    )
+    return VLLMEngine(trainer.model, prepared.tokenizer, options)
+
+
+def _engine_dtype(prepared: Prepared) -> str:
+    chosen = prepared.config.rollout.dtype
+    return str(prepared.model.dtype).removeprefix("torch.") if chosen == "auto" else chosen
+
+
+def _probe_bound(prepared: Prepared) -> float:
+    """Two float32 implementations agree to 1e-5 nat; with bf16 on either side rounding alone gives 0.02 to 0.08."""
+    exact = _engine_dtype(prepared) == "float32" and str(prepared.model.dtype) == "torch.float32"
+    bound = prepared.config.rollout.probe_bound
+    return bound if bound is not None else 0.001 if exact else 0.15
+
+
+# --- the plan -------------------------------------------------------------------------------------------------------
+
+
+def describe(prepared: Prepared, trainer, output_dir: Path) -> Plan:
+    """The plan table of a run whose model is loaded and whose engine is not."""
+    config, args, model = prepared.config, trainer.args, prepared.model
+    weights, trainable, count = parameter_bytes(trainer.model)
+    plan = Plan(f"slothrl: {config.algo.name}")
+    plan.add("model", f"{model.title}, {count / 1e6:,.1f}M parameters, {size(weights)} in memory")
+    plan.add("weights", f"{model.quantization}, {str(model.dtype).removeprefix('torch.')}, on {config.gpu.device}")
+    lora = config.model.lora
+    plan.add("LoRA", f"r={lora.r}, alpha={lora.lora_alpha}, {trainable / 1e6:.2f}M trainable, {size(trainable * 4)} in float32")
+    held = f"{len(prepared.eval_rows or prepared.eval_loss or [])} held out"
+    plan.add("data", f"{prepared.data_title}: {len(prepared.train):,} to train on, {held}{_prompt_note(prepared)}")
+    plan.add("step", _batch(prepared, args).describe())
+    plan.add("steps", f"{args.max_steps if args.max_steps > 0 else f'{args.num_train_epochs:g} epochs'}, lr {args.learning_rate:g}")
+    if not prepared.sft:
+        plan.add("engine", f"{prepared.engine.name} ({prepared.engine.reason})")
+        for reward in prepared.rewards:
+            plan.add("reward", f"{reward.name} x {reward.weight:g} ({reward.source})")
+    if prepared.score is not None:
+        plan.add("held-out score", f"{prepared.score.name}, greedy")
+    plan.add("output", str(output_dir))
+    return plan
+
+
+def _batch(prepared: Prepared, args) -> Batch:
+    if prepared.sft:
+        return Batch(args.per_device_train_batch_size, args.gradient_accumulation_steps, 1, 1, args.max_length or 0)
+    longest = (prepared.prompts.longest if prepared.prompts else 0) + args.max_completion_length
+    return Batch(
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        args.num_generations,
+        args.steps_per_generation,
+        longest,
+    )
+
+
+def _prompt_note(prepared: Prepared) -> str:
+    report = prepared.prompts
+    if report is None:
+        return ""
+    note = f"; {report.format} prompts of at most {report.longest} tokens"
+    if report.dropped or report.truncated:
+        note += f"; over-long: {report.dropped} dropped, {report.truncated} truncated (data.overlong)"
+    return note
+
+
+# --- training and scoring -------------------------------------------------------------------------------------------
+
+
+def _train(trainer, prepared: Prepared, output_dir: Path, checkpoint: Path | None, console: Console) -> tuple[bool, float]:
+    """(whether Ctrl-C stopped it, seconds). A `UserError` of a reward function passes through."""
+    from transformers import PrinterCallback
+
+    from slothrl.trainers.callbacks import Interrupt, MetricsFile, Progress, Samples
+
+    logger, interrupt = prepared.config.logger, Interrupt()
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(MetricsFile(output_dir / "metrics.jsonl"))
+    trainer.add_callback(interrupt)
+    if logger.progress:
+        trainer.add_callback(Progress())
+    if not prepared.sft:
+        path = output_dir / "samples.jsonl"
+        trainer.add_callback(Samples(trainer, console, path, logger.samples_every, logger.samples))
+    start = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.monotonic() - start
+    trainer.save_model(str(output_dir / "adapter"))
+    return interrupt.asked, seconds
+
+
+def _metric(prepared: Prepared) -> str | None:
+    if prepared.score is not None:
+        return prepared.score.name
+    return "eval_loss" if prepared.eval_loss is not None else None
+
+
+def _first_score(prepared: Prepared, trainer, engine: Engine, output_dir: Path, resumed: bool) -> float | None:
+    """The score before training; a resumed run takes it from where the first part wrote it."""
+    path = output_dir / "held_out_before.json"
+    if resumed and path.exists():
+        return read_json(path)["value"]
+    value = _score(prepared, trainer, engine)
+    write_json(path, {"metric": _metric(prepared), "value": value})
+    return value
+
+
+def _score(prepared: Prepared, trainer, engine: Engine) -> float | None:
+    """The held-out score of the policy as it is now; for SFT the held-out loss goes to metrics.jsonl as well."""
+    step, output_dir = trainer.state.global_step, Path(trainer.args.output_dir)
+    loss = trainer.evaluate()["eval_loss"] if prepared.eval_loss is not None else None
+    if loss is not None:
+        append_jsonl(output_dir / "held_out.jsonl", {"step": step, "eval_loss": loss})
+    if prepared.score is None:
+        return loss
+    engine.push_lora()
+    limit = getattr(trainer.args, "max_completion_length", None) or 256
+    found: HeldOut = held_out(engine, prepared.tokenizer, prepared.eval_rows, prepared.score, limit)
+    append_jsonl(output_dir / "held_out.jsonl", {"step": step, "metric": prepared.score.name, "score": found.score,
+                                                 "count": found.count, "completions": found.completions})
+    return found.score
+
+
+def _say_score(console: Console, prepared: Prepared, when: str, value: float | None) -> None:
+    if value is not None:
+        console.print(f"held-out {_metric(prepared)} {when}: {value:.3f}")
+
+
+def _close(trainer, engine: Engine, summary: Summary, console: Console, sft: bool) -> None:
+    """Draw the curve, write the summary, say what came out, let the engine go."""
+    folder = Path(summary.output_dir)
+    metrics = read_jsonl(folder / "metrics.jsonl")
+    curve = folder / ("loss_curve.png" if sft else "reward_curve.png")
+    drawn = draw_curve(metrics, curve, "loss" if sft else "reward")
+    write_json(folder / "summary.json", asdict(summary))
+    plan = Plan("interrupted" if summary.resume else "done")
+    plan.add("steps", f"{summary.steps} in {summary.train_seconds:.0f} s of training, {summary.seconds:.0f} s in all")
+    if summary.before is not None:
+        change = "" if summary.after is None else f" -> {summary.after:.3f} ({summary.after - summary.before:+.3f})"
+        plan.add(f"held-out {summary.metric}", f"{summary.before:.3f}{change}")
+    plan.add("adapter", str(folder / "adapter"))
+    if drawn:
+        plan.add("curve", str(curve))
+    plan.add("metrics", str(folder / "metrics.jsonl"))
+    if summary.resume:
+        plan.add("go on with", summary.resume)
+    plan.show(console)
+    engine.close()
+
+
+# --- resuming -------------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The checkpoint to go on from: `folder` itself, or the one with the most steps inside it."""
+    if (folder / "trainer_state.json").exists():
+        return folder
+    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    if not found:
+        raise UserError(f"resume={folder}: no checkpoint there")
+    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[-1]))
+
+
+def resume_command(overrides: Sequence[str], output_dir: Path) -> str:
+    kept = [o for o in overrides if not o.startswith(("resume=", "output_dir="))]
+    return " ".join(shlex.quote(part) for part in ["python", "-m", "slothrl", *kept, f"resume={output_dir}"])

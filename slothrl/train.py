@@ -1,0 +1,145 @@
+"""`python -m slothrl train`: Hydra's command line, with every mistake found before anything heavy is imported."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from slothrl.errors import ConfigError, UserError
+
+USAGE = """\
+python -m slothrl [train] [--config-dir FOLDER] [--multirun] [group=choice] [key=value] …
+
+Without arguments: GRPO on the embedded model. Groups and their choices:
+{groups}
+Every field of TRL's GRPOConfig (SFTConfig for algo=sft) is trainer.<field>=…
+  --config-dir FOLDER  your own groups; a file of the same name replaces ours
+  --multirun, -m       one run a combination: algo=grpo,gspo seed=0,1
+  --cfg job            print the composed config and stop
+Examples:
+  python -m slothrl algo=dapo trainer.max_steps=50 'reward.functions=[./my_reward.py:score]'
+  python -m slothrl model=hub model.name=Qwen/Qwen2.5-0.5B-Instruct data=gsm8k
+"""
+INFORMATION = {"--info", "-i", "--hydra-help", "--cfg", "-c", "--version", "--shell-completion", "-sc"}
+
+
+def main(argv: list[str]) -> int:
+    """Check, then train; returns the exit code."""
+    from slothrl.compose import check_jobs, register, with_defaults
+
+    try:
+        overlay, rest = _take_overlay(argv)
+        register(overlay)
+        if {"--help", "-h"} & set(rest):
+            print(usage())
+            return 0
+        flags = [a for a in rest if a.startswith("-")]
+        overrides = with_defaults([a for a in rest if not a.startswith("-") and not _is_value(a, rest)])
+        values = [a for a in rest if _is_value(a, rest)]
+        multirun = bool({"--multirun", "-m"} & set(flags))
+        if not INFORMATION & {flag.split("=")[0] for flag in flags}:
+            check_jobs(expand(overrides) if multirun else [_without_hydra(overrides)])
+        return _hydra_main([*_pair(flags, values), *overrides])
+    except UserError as error:
+        return fail(error)
+
+
+def _take_overlay(argv: list[str]) -> tuple[Path | None, list[str]]:
+    """Split off --config-dir, which Hydra would rank behind our own files."""
+    rest, overlay, i = [], None, 0
+    while i < len(argv):
+        name, _, value = argv[i].partition("=")
+        if name in ("--config-dir", "-cd"):
+            if not value:
+                i += 1
+                value = argv[i] if i < len(argv) else ""
+            overlay = Path(value).expanduser()
+            if not value or not overlay.is_dir():
+                raise ConfigError([f"--config-dir {value}: no such folder"])
+        else:
+            rest.append(argv[i])
+        i += 1
+    return overlay, rest
+
+
+def _is_value(argument: str, arguments: list[str]) -> bool:
+    """Whether `argument` is the word behind a flag such as --cfg."""
+    i = arguments.index(argument)
+    return i > 0 and arguments[i - 1] in INFORMATION and not argument.startswith("-") and "=" not in argument
+
+
+def _pair(flags: list[str], values: list[str]) -> list[str]:
+    waiting = list(values)
+    return [word for flag in flags for word in ([flag, waiting.pop(0)] if flag in INFORMATION and waiting else [flag])]
+
+
+def _without_hydra(overrides: list[str]) -> list[str]:
+    return [o for o in overrides if not o.lstrip("+~").startswith("hydra")]
+
+
+def expand(overrides: list[str]) -> list[list[str]]:
+    """The jobs of a --multirun line, as Hydra's basic sweeper makes them."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(_without_hydra(overrides))
+    return [list(job) for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch]
+
+
+def usage() -> str:
+    from slothrl.compose import conf_dir
+
+    groups = sorted(folder for folder in conf_dir().iterdir() if folder.is_dir())
+    lines = [f"  {g.name:8} {', '.join(sorted(f.stem for f in g.glob('*.yaml')))}" for g in groups]
+    return USAGE.format(groups="\n".join(lines))
+
+
+def _hydra_main(arguments: list[str]) -> int:
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    code = 0
+
+    def job(config) -> None:
+        nonlocal code
+        code = max(code, _job(config))
+
+    previous, sys.argv = sys.argv, ["slothrl", *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=None, config_name="config")(job)()
+    finally:
+        sys.argv = previous
+    return code
+
+
+def _job(config) -> int:
+    """One run inside Hydra; mistakes become lines on stderr and an exit code, never a traceback."""
+    from hydra.core.hydra_config import HydraConfig
+
+    runtime = HydraConfig.get()
+    folder = Path(config.output_dir or config.resume or runtime.runtime.output_dir).expanduser()
+    if config.resume and folder.name.startswith("checkpoint-"):
+        folder = folder.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return fail(UserError(f"output_dir={folder}: {error.strerror}"))
+    from slothrl.run import run
+
+    try:
+        summary = run(config, folder.resolve(), overrides=list(runtime.overrides.task))
+    except UserError as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 130 if summary.resume else 0
+
+
+def fail(error: UserError) -> int:
+    """Say what is wrong, a line each, and give the exit code for it."""
+    lines = error.problems if isinstance(error, ConfigError) else [str(error)]
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    return 2

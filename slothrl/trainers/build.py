@@ -1,0 +1,65 @@
+"""From a prepared run to a trainer: TRL's config, a freshly loaded base, a LoRA adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import GRPOConfig, SFTConfig
+
+from slothrl.checks import set_fields
+from slothrl.errors import UserError
+from slothrl.models import load_model, peft_config
+from slothrl.prepare import Prepared
+from slothrl.trainer_fields import trainer_fields
+from slothrl.trainers.grpo import GRPOTrainer
+from slothrl.trainers.sft import SFTTrainer
+
+CONFIGS: dict[str, Callable[..., Any]] = {"grpo": GRPOConfig, "sft": SFTConfig}
+
+
+def trainer_config(prepared: Prepared, output_dir: Path) -> GRPOConfig | SFTConfig:
+    """TRL's config: what presets and user set under `trainer`, and what follows from device and dtype.
+
+    Raises:
+        UserError: TRL refuses the combination, in its own words.
+    """
+    config = prepared.config
+    on_gpu = config.gpu.device == "cuda"
+    arguments: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "seed": config.seed,
+        "report_to": list(config.logger.report_to) or "none",
+        "use_cpu": not on_gpu,
+        "bf16": on_gpu and prepared.model.dtype == torch.bfloat16,
+        "fp16": on_gpu and prepared.model.dtype == torch.float16,
+        "disable_tqdm": True,  # we have a bar of our own
+    }
+    if not prepared.sft and config.reward.weights is not None:
+        arguments["reward_weights"] = list(config.reward.weights)
+    known = trainer_fields(config.algo.trainer)
+    arguments.update({key: value for key, value in set_fields(config.trainer).items() if key in known})
+    try:
+        return CONFIGS[config.algo.trainer](**arguments)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def build_trainer(prepared: Prepared, arguments: GRPOConfig | SFTConfig) -> GRPOTrainer | SFTTrainer:
+    """Load the base and put the adapter and the trainer around it; this is where memory fills."""
+    model = load_model(prepared.model, prepared.config.gpu.device)
+    common: dict[str, Any] = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": prepared.train,
+        "processing_class": prepared.tokenizer,
+        "peft_config": peft_config(prepared.config.model.lora),
+    }
+    try:
+        if prepared.sft:
+            return SFTTrainer(**common, eval_dataset=prepared.eval_loss)
+        return GRPOTrainer(reward_funcs=list(prepared.rewards), **common)
+    except ValueError as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error

@@ -1,0 +1,122 @@
+"""What a person sees and keeps while a run goes on: progress, metrics, samples, a clean stop."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from slothrl.report import append_jsonl, last_text, show_samples
+
+SHOWN = {"reward": "reward", "loss": "loss", "kl": "kl", "completions/mean_length": "length"}
+
+
+class Progress(TrainerCallback):
+    """One bar over the optimizer steps with the latest figures behind it."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs):
+        shown = {SHOWN[k]: f"{v:.3g}" for k, v in (logs or {}).items() if k in SHOWN and isinstance(v, (int, float))}
+        if self.bar is not None and shown:
+            self.bar.set_postfix(shown)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
+class MetricsFile(TrainerCallback):
+    """Every log of the trainer as a line of metrics.jsonl, with its step and the seconds since the start."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.start = time.monotonic()
+
+    def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs):
+        append_jsonl(
+            self.path, {"step": state.global_step, "seconds": round(time.monotonic() - self.start, 3), **(logs or {})}
+        )
+
+
+class Samples(TrainerCallback):
+    """Now and then a table of the latest completions with their rewards; all shown ones go to samples.jsonl.
+
+    Args:
+        trainer: a GRPO trainer, whose log of prompts and completions this reads.
+        every: steps between tables; the first is after step 1.
+        count: rows a table.
+    """
+
+    def __init__(self, trainer, console: Console, path: Path, every: int, count: int):
+        self.trainer, self.console, self.path, self.every, self.count = trainer, console, path, every, count
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.count and (state.global_step == 1 or state.global_step % self.every == 0):
+            rows = self.rows()
+            show_samples(self.console, state.global_step, rows)
+            for row in rows:
+                append_jsonl(self.path, {"step": state.global_step, **row})
+
+    def rows(self) -> list[dict[str, Any]]:
+        logs = self.trainer._logs
+        total = len(logs["prompt"])
+        # Spread over the batch: neighbours are completions of one prompt.
+        picked = [i * total // self.count for i in range(min(self.count, total))]
+        return [
+            {
+                "prompt": last_text(logs["prompt"][i]),
+                "completion": last_text(logs["completion"][i]),
+                "rewards": {name: _number(values[i]) for name, values in logs["rewards"].items()},
+                "advantage": logs["advantages"][i],
+            }
+            for i in picked
+        ]
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C ends the run after the current step, with a checkpoint; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._previous: Any = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        try:
+            self._previous = signal.signal(signal.SIGINT, self._on_signal)
+        except ValueError:  # not the main thread, as in a notebook's executor: Ctrl-C stays as it was
+            self._previous = None
+
+    def _on_signal(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step (Ctrl-C again to stop at once)", flush=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked:
+            control.should_save = True
+            control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
