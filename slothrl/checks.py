@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import difflib
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,13 @@ from slothrl.rewards import static_reward_problems
 from slothrl.trainer_fields import trainer_fields
 
 UNSET = "???"
+MINIMA = {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "num_generations": 2,
+    "max_completion_length": 1,
+}
+GENERATION = ("generation_batch_size", "steps_per_generation")
 CHOICES = {
     "model.quantization": ("auto", "nf4", "int8", "none"),
     "model.dtype": ("auto", "bfloat16", "float16", "float32"),
@@ -33,12 +41,12 @@ LOSS_TYPES = {
     "sft": ("nll", "chunked_nll", "dft"),
 }
 OURS = {
-    "use_vllm": "rollout=vllm",
-    "output_dir": "output_dir",
-    "seed": "seed",
-    "reward_weights": "reward.weights",
-    "report_to": "logger",
-    "resume_from_checkpoint": "resume",
+    "use_vllm": "rollout=vllm or rollout=transformers",
+    "output_dir": "output_dir=…",
+    "seed": "seed=…",
+    "reward_weights": "reward.weights=…",
+    "report_to": "logger=…",
+    "resume_from_checkpoint": "resume=…",
 }
 
 
@@ -47,6 +55,8 @@ def problems(config: Config | DictConfig) -> list[str]:
     found = _mandatory(config)
     if found:  # the rest would trip over them
         return found
+    if not OmegaConf.is_dict(config.trainer):
+        return [f"trainer={config.trainer}: trainer has fields to set, trainer.<field>=…"]
     trainer = set_fields(config.trainer)
     found += _choices(config, trainer)
     found += _trainer_problems(config.algo.trainer, trainer)
@@ -56,6 +66,8 @@ def problems(config: Config | DictConfig) -> list[str]:
     found += static_data_problems(config.data)
     if config.algo.trainer == "grpo" or config.reward.functions:
         found += static_reward_problems(config.reward)
+    if config.algo.trainer == "grpo" and not config.reward.functions:
+        found.append("reward.functions is empty: name at least one, as in 'reward.functions=[./my_reward.py:fn]'")
     found += _model_problems(config) + _device_problems(config) + _path_problems(config)
     return list(dict.fromkeys(found))
 
@@ -85,9 +97,14 @@ def _choices(config: Any, trainer: dict[str, Any]) -> list[str]:
 def _trainer_problems(kind: str, trainer: dict[str, Any]) -> list[str]:
     fields, found = trainer_fields(kind), []
     other = "sft" if kind == "grpo" else "grpo"
+    others = trainer_fields(other)
     for name, value in trainer.items():
         if name in OURS:
-            found.append(f"trainer.{name}: set {OURS[name]}=… instead")
+            found.append(f"trainer.{name}: set {OURS[name]} instead")
+        elif name not in fields and name not in others:  # added with "+", or by a file of the user's
+            near = difflib.get_close_matches(name, [*fields], n=3)
+            hint = f"; did you mean {' or '.join(f'trainer.{n}' for n in near)}?" if near else ""
+            found.append(f"trainer.{name}: there is no such field in {kind.upper()}Config{hint}")
         elif name not in fields:
             if name != "max_completion_length":  # the data presets set it for every algorithm
                 found.append(f"trainer.{name} belongs to {other.upper()}Config, and this run is algo.trainer={kind}")
@@ -98,9 +115,9 @@ def _trainer_problems(kind: str, trainer: dict[str, Any]) -> list[str]:
 
 def _ranges(config: Any) -> list[str]:
     found = []
-    for key, low in (("model.lora.r", 1), ("data.max_prompt_length", 1), ("data.eval_size", 0), ("logger.samples_every", 1)):
-        if (value := OmegaConf.select(config, key)) < low:
-            found.append(f"{key}={value}: must be at least {low}")
+    for key in ("model.lora.r", "logger.samples_every"):
+        if (value := OmegaConf.select(config, key)) < 1:
+            found.append(f"{key}={value}: must be at least 1")
     for key in ("rollout.gpu_memory_utilization", "model.lora.lora_dropout"):
         if not 0 <= (value := OmegaConf.select(config, key)) < 1:
             found.append(f"{key}={value}: must be in [0, 1)")
@@ -114,33 +131,42 @@ def batch_problems(trainer: dict[str, Any]) -> list[str]:
     def value(name: str) -> Any:
         return trainer.get(name, fields[name].default)
 
-    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "max_completion_length")
-    if not all(isinstance(value(name), int) for name in names):
-        return []  # said already, with the type that the field takes
-    per_device, group = value("per_device_train_batch_size"), value("num_generations")
-    accumulation, per_generation = value("gradient_accumulation_steps"), value("steps_per_generation")
-    found = [
-        f"trainer.{name}={number}: must be at least {low}"
-        for name, number, low in (
-            ("per_device_train_batch_size", per_device, 1),
-            ("gradient_accumulation_steps", accumulation, 1),
-            ("num_generations", group, 2),
-            ("max_completion_length", value("max_completion_length"), 1),
-        )
-        if number < low
+    found = []
+    for name, low in MINIMA.items():
+        if value(name) is None:  # TRL annotates some as optional, and then computes with them
+            found.append(f"trainer.{name}=null: needs a number")
+        elif not isinstance(value(name), int):
+            return []  # said already, with the type that the field takes
+        elif value(name) < low:
+            found.append(f"trainer.{name}={value(name)}: must be at least {low}")
+    return found or _group_problems({name: value(name) for name in (*MINIMA, *GENERATION)})
+
+
+def _group_problems(value: dict[str, Any]) -> list[str]:
+    """Whether whole groups fill the generation batch, and whole micro-batches do."""
+    per_device, group = value["per_device_train_batch_size"], value["num_generations"]
+    asked, steps = (value[name] for name in GENERATION)
+    if not all(number is None or isinstance(number, int) for number in (asked, steps)):
+        return []
+    if low := [name for name in GENERATION if value[name] is not None and value[name] < 1]:
+        return [f"trainer.{name}={value[name]}: must be at least 1" for name in low]
+    if asked and steps:
+        return ["trainer.generation_batch_size and trainer.steps_per_generation say the same thing: set one of them"]
+    if asked and asked % per_device:
+        unit = f"trainer.per_device_train_batch_size={per_device}"
+        return [f"trainer.generation_batch_size={asked} is no multiple of {unit}"]
+    factor = "steps_per_generation" if steps else "gradient_accumulation_steps"
+    batch = asked or per_device * value[factor]
+    if batch % group == 0:
+        return []
+    near = [n for n in range(2, batch + 1) if batch % n == 0]
+    near = sorted(sorted(near, key=lambda n: abs(n - group))[:3])
+    made = f"trainer.per_device_train_batch_size={per_device} x {factor}={value[factor]}"
+    return [
+        f"trainer.num_generations={group} does not divide the generation batch of {batch} "
+        f"({f'trainer.generation_batch_size={asked}' if asked else made}); it would divide it as "
+        f"{', '.join(map(str, near)) or 'nothing: raise the batch'}"
     ]
-    if found:
-        return found
-    batch = value("generation_batch_size") or per_device * (per_generation or accumulation)
-    if batch % group:
-        near = [n for n in range(2, batch + 1) if batch % n == 0]
-        near = sorted(sorted(near, key=lambda n: abs(n - group))[:3])
-        found.append(
-            f"trainer.num_generations={group} does not divide the generation batch of {batch} (trainer."
-            f"per_device_train_batch_size={per_device} x {'steps_per_generation' if per_generation else 'gradient_accumulation_steps'}"
-            f"={per_generation or accumulation}); it would divide it as {', '.join(map(str, near)) or 'nothing: raise the batch'}"
-        )
-    return found
 
 
 def _length_problems(config: Any, trainer: dict[str, Any]) -> list[str]:
@@ -151,13 +177,14 @@ def _length_problems(config: Any, trainer: dict[str, Any]) -> list[str]:
     found = []
     if context is not None and prompt + completion > context:
         found.append(
-            f"data.max_prompt_length={prompt} + trainer.max_completion_length={completion} = {prompt + completion} tokens,"
-            f" more than the {context} of {config.model.name}"
+            f"data.max_prompt_length={prompt} + trainer.max_completion_length={completion} = {prompt + completion}"
+            f" tokens, more than the {context} of {config.model.name}"
         )
     limit = config.rollout.max_model_len
     if limit is not None and prompt + completion > limit:
         found.append(
-            f"rollout.max_model_len={limit} is under data.max_prompt_length + trainer.max_completion_length = {prompt + completion}"
+            f"rollout.max_model_len={limit} is under data.max_prompt_length + trainer.max_completion_length"
+            f" = {prompt + completion}"
         )
     return found
 
@@ -203,20 +230,19 @@ def detect_gpu() -> str:
     if memory is None:
         return "cpu"
     # Cards report a little under their name: a 24 GB one has 25.3e9 bytes, an 8 GB one 8.2e9 to 8.5e9.
-    fitting = [name for size, name in ((80, "80gb"), (24, "24gb"), (16, "16gb"), (12, "12gb"), (8, "8gb")) if memory >= size]
-    return fitting[0] if fitting else "8gb"
+    return next((f"{size}gb" for size in (80, 24, 16, 12) if memory >= size), "8gb")
 
 
 def _path_problems(config: Any) -> list[str]:
     found = []
     if config.resume is not None and not Path(config.resume).expanduser().is_dir():
         found.append(f"resume={config.resume}: no such folder")
-    if config.output_dir is not None and (reason := _unwritable(Path(config.output_dir).expanduser())):
+    if config.output_dir is not None and (reason := unwritable(Path(config.output_dir).expanduser())):
         found.append(f"output_dir={config.output_dir}: {reason}")
     return found
 
 
-def _unwritable(folder: Path) -> str | None:
+def unwritable(folder: Path) -> str | None:
     """Why `folder` could not be made or written to, found at its nearest existing parent."""
     existing = folder
     while not existing.exists() and existing != existing.parent:

@@ -26,6 +26,8 @@ from slothrl.config import Config
 from slothrl.errors import ConfigError
 from slothrl.trainer_fields import trainer_fields
 
+# What Hydra raises for a wrong override: its own and OmegaConf's errors, and for an empty key a plain ValueError.
+MISTAKES = (HydraException, OmegaConfBaseException, ValueError)
 # Open dictionaries whose keys are the task's or the reward's own: no "+" needed to add one.
 OPEN = ("data.task.", "reward.params.")
 
@@ -59,7 +61,7 @@ def register(overlay: Path | None = None) -> None:
     schema = OmegaConf.structured(Config)
     # Every field of TRL's configs is there under its own name, unset, so that an override needs no "+".
     names = sorted(set(trainer_fields("grpo")) | set(trainer_fields("sft")))
-    schema.trainer = OmegaConf.create({name: UNSET for name in names})
+    schema.trainer = OmegaConf.create(dict.fromkeys(names, UNSET))
     ConfigStore.instance().store(name="schema", node=schema)
     SearchPath.overlay = overlay
     if SearchPath not in Plugins.instance().discover(SearchPathPlugin):
@@ -103,7 +105,7 @@ def _compose(overrides: list[str]) -> tuple[DictConfig | None, list[str]]:
     with _hydra():
         try:
             return compose("config", overrides), []
-        except (HydraException, OmegaConfBaseException) as error:
+        except MISTAKES as error:
             first = error
         # Hydra stops at the first mistake; each override alone shows them all.
         found = [line for override in overrides if (line := _override_problem(override))]
@@ -113,7 +115,7 @@ def _compose(overrides: list[str]) -> tuple[DictConfig | None, list[str]]:
 def _override_problem(override: str) -> str | None:
     try:
         compose("config", [override])
-    except (HydraException, OmegaConfBaseException) as error:
+    except MISTAKES as error:
         return _explain(override, error)
     return None
 
@@ -121,12 +123,16 @@ def _override_problem(override: str) -> str | None:
 def _explain(override: str, error: Exception) -> str:
     try:
         parsed: Override = OverridesParser.create().parse_override(override)
-    except HydraException:
+    except MISTAKES:
         return f"{override}: not an override; write group=choice or key=value, quoted for your shell"
     key = parsed.key_or_group
+    if not key:
+        return f"{override}: not an override; write group=choice or key=value"
     loader = GlobalHydra.instance().config_loader()
     if loader.list_groups(key) or loader.get_group_options(key):
         options = loader.get_group_options(key)
+        if str(parsed.value()) in options:  # the choice is there, and its file is wrong
+            return f"{override}: {_one_line(error)}"
         return f"{override}: {key} is one of {', '.join(options)}{_nearest(str(parsed.value()), options)}"
     keys = known_keys()
     if key in keys:
@@ -164,7 +170,8 @@ def _one_line(error: BaseException) -> str:
     while error.__cause__ is not None:  # Hydra wraps what OmegaConf says of a value
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = next((line for line in lines if not line.startswith(("In '", "Could not override"))), lines[0] if lines else "")
+    telling = [line for line in lines if not line.startswith(("In '", "Could not override"))]
+    text = (telling or lines or [""])[0]
     return re.sub(r"\s+", " ", text)
 
 

@@ -63,7 +63,7 @@ class RewardConfig:
 class RolloutConfig:
     engine: str = "auto"  # auto, vllm, transformers
     gpu_memory_utilization: float = 0.35  # share of the device that vLLM may take (GPU)
-    kv_cache_gb: float = 1.0  # KV cache (CPU)
+    kv_cache_gb: float | None = None  # KV cache in GiB; default: what gpu_memory_utilization leaves, 1 on a CPU
     max_model_len: int | None = None  # tokens; default: prompt + completion
     enforce_eager: bool = False  # no CUDA graphs
     dtype: str = "auto"  # vLLM's compute dtype; auto: the trainer's

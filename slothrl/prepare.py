@@ -45,8 +45,8 @@ class Prepared:
         return self.config.algo.trainer == "sft"
 
     def probe_rows(self) -> list[list[int]]:
-        """Fixed token rows for the policy probe: the ends of the first two prompts, 64 tokens of each at most."""
-        prompts = [row["prompt"] for row in self.train.select(range(min(2, len(self.train))))]
+        """Fixed token rows for the policy probe: the ends of the first four prompts, 64 tokens of each at most."""
+        prompts = [row["prompt"] for row in self.train.select(range(min(4, len(self.train))))]
         return [ids[-64:] for ids in prompt_token_ids(self.tokenizer, prompts) if len(ids) > 1]
 
 

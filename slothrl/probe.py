@@ -14,6 +14,10 @@ from slothrl.errors import PolicyMismatchError
 from slothrl.vllm_compat import lora_layers
 
 
+# Standard deviations of a test change to B.
+PERTURBATIONS = (0.003, 0.01, 0.03, 0.1, 0.3)
+
+
 @dataclass
 class PolicyProbe:
     """Compares the engine's log-probs with the trained model's on a few fixed tokens.
@@ -22,8 +26,7 @@ class PolicyProbe:
         engine: what samples.
         model: the PEFT model being trained.
         token_ids: the probe's rows, of at least two tokens each.
-        bound: largest mean absolute difference allowed, in nats. bf16 noise of two implementations was measured at
-            0.02 to 0.03; an adapter that did not arrive is off by 0.3 and more within a few steps.
+        bound: largest mean absolute difference allowed, in nats.
     """
 
     engine: Engine
@@ -44,25 +47,37 @@ class PolicyProbe:
             )
         return difference
 
-    def perturbation_test(self, scale: float = 0.1) -> tuple[float, float]:
-        """Change the adapter, require the engine to follow, and put it back.
+    def allow_for(self, noise: float) -> None:
+        """Raise the bound to 4 times the rounding noise of the two implementations, measured before training.
 
-        Args:
-            scale: standard deviation of the change to B; 0.1 moved SmolLM2's log-probs by 0.7 to 1 nat.
+        The noise differs by model: 0.02 to 0.03 nat in bf16 on a large one, 0.09 on SmolLM2-135M, where it went up to
+        0.15 in the course of a run. An adapter that did not arrive is off by 0.7 nat and more once the policy has moved.
+        """
+        self.bound = max(self.bound, 4 * noise)
+
+    def perturbation_test(self) -> tuple[float, float]:
+        """Change the adapter until its effect stands clear of rounding, require the engine to follow, and put it back.
+
         Returns:
             (how far the engine's log-probs moved, how far they then were from the model's), mean absolute nats.
         Raises:
             PolicyMismatchError: the engine ignored the adapter, or followed it to another place.
         """
         before = self.engine.logprobs(self.token_ids)
-        with perturbed_lora(self.model, scale):
-            self.engine.push_lora()
-            after = self.engine.logprobs(self.token_ids)
-            moved = mean_difference(after, before)
-            apart = mean_difference(after, model_logprobs(self.model, self.token_ids))
+        enough = max(0.1, 6 * mean_difference(before, model_logprobs(self.model, self.token_ids)))
+        moved = apart = 0.0
+        # From small to large: one size would not move a small model and throw a large one into noise.
+        for scale in PERTURBATIONS:
+            with perturbed_lora(self.model, scale):
+                self.engine.push_lora()
+                after = self.engine.logprobs(self.token_ids)
+                moved = mean_difference(after, before)
+                apart = mean_difference(after, model_logprobs(self.model, self.token_ids))
+            if moved >= enough:
+                break
         self.engine.push_lora()
         # Both conditions: an engine that ignores the adapter agrees with itself, one that misplaces it moves.
-        if not (moved > 4 * apart and apart <= self.bound):
+        if moved < enough or apart > moved / 3:
             raise PolicyMismatchError(
                 f"the {self.engine.name} engine does not follow the LoRA: a test change moved its log-probs by "
                 f"{moved:.3f} nat and left them {apart:.3f} nat from the trained model's"

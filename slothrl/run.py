@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -95,6 +94,8 @@ def attach_engine(prepared: Prepared, trainer, console: Console) -> Engine:
         return engine
     probe = PolicyProbe(engine, trainer.model, prepared.probe_rows(), bound=_probe_bound(prepared))
     difference = probe.check()
+    if prepared.config.rollout.probe_bound is None:
+        probe.allow_for(difference)
     moved, apart = probe.perturbation_test()
     console.print(
         f"policy probe: vLLM and the trainer differ by {difference:.4f} nat; a test LoRA moved vLLM by {moved:.2f} nat"
@@ -129,10 +130,10 @@ def _engine_dtype(prepared: Prepared) -> str:
 
 
 def _probe_bound(prepared: Prepared) -> float:
-    """Two float32 implementations agree to 1e-5 nat; with bf16 on either side rounding alone gives 0.02 to 0.08."""
+    """The bound on the untrained policies: float32 implementations agree to 1e-5 nat, bf16 ones to 0.02 to 0.09."""
     exact = _engine_dtype(prepared) == "float32" and str(prepared.model.dtype) == "torch.float32"
     bound = prepared.config.rollout.probe_bound
-    return bound if bound is not None else 0.001 if exact else 0.15
+    return bound if bound is not None else 0.001 if exact else 0.25
 
 
 # --- the plan -------------------------------------------------------------------------------------------------------
@@ -146,11 +147,13 @@ def describe(prepared: Prepared, trainer, output_dir: Path) -> Plan:
     plan.add("model", f"{model.title}, {count / 1e6:,.1f}M parameters, {size(weights)} in memory")
     plan.add("weights", f"{model.quantization}, {str(model.dtype).removeprefix('torch.')}, on {config.gpu.device}")
     lora = config.model.lora
-    plan.add("LoRA", f"r={lora.r}, alpha={lora.lora_alpha}, {trainable / 1e6:.2f}M trainable, {size(trainable * 4)} in float32")
+    adapter = f"{trainable / 1e6:.2f}M trainable, {size(trainable * 4)} in float32"
+    plan.add("LoRA", f"r={lora.r}, alpha={lora.lora_alpha}, {adapter}")
     held = f"{len(prepared.eval_rows or prepared.eval_loss or [])} held out"
     plan.add("data", f"{prepared.data_title}: {len(prepared.train):,} to train on, {held}{_prompt_note(prepared)}")
     plan.add("step", _batch(prepared, args).describe())
-    plan.add("steps", f"{args.max_steps if args.max_steps > 0 else f'{args.num_train_epochs:g} epochs'}, lr {args.learning_rate:g}")
+    steps = args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    plan.add("steps", f"{steps}, lr {args.learning_rate:g}")
     if not prepared.sft:
         plan.add("engine", f"{prepared.engine.name} ({prepared.engine.reason})")
         for reward in prepared.rewards:
@@ -187,14 +190,13 @@ def _prompt_note(prepared: Prepared) -> str:
 # --- training and scoring -------------------------------------------------------------------------------------------
 
 
-def _train(trainer, prepared: Prepared, output_dir: Path, checkpoint: Path | None, console: Console) -> tuple[bool, float]:
+def _train(
+    trainer, prepared: Prepared, output_dir: Path, checkpoint: Path | None, console: Console
+) -> tuple[bool, float]:
     """(whether Ctrl-C stopped it, seconds). A `UserError` of a reward function passes through."""
-    from transformers import PrinterCallback
-
     from slothrl.trainers.callbacks import Interrupt, MetricsFile, Progress, Samples
 
     logger, interrupt = prepared.config.logger, Interrupt()
-    trainer.remove_callback(PrinterCallback)
     trainer.add_callback(MetricsFile(output_dir / "metrics.jsonl"))
     trainer.add_callback(interrupt)
     if logger.progress:

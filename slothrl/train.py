@@ -38,6 +38,7 @@ def main(argv: list[str]) -> int:
         values = [a for a in rest if _is_value(a, rest)]
         multirun = bool({"--multirun", "-m"} & set(flags))
         if not INFORMATION & {flag.split("=")[0] for flag in flags}:
+            _check_hydra_folder(overrides, "hydra.sweep.dir" if multirun else "hydra.run.dir")
             check_jobs(expand(overrides) if multirun else [_without_hydra(overrides)])
         return _hydra_main([*_pair(flags, values), *overrides])
     except UserError as error:
@@ -71,6 +72,19 @@ def _is_value(argument: str, arguments: list[str]) -> bool:
 def _pair(flags: list[str], values: list[str]) -> list[str]:
     waiting = list(values)
     return [word for flag in flags for word in ([flag, waiting.pop(0)] if flag in INFORMATION and waiting else [flag])]
+
+
+def _check_hydra_folder(overrides: list[str], key: str) -> None:
+    """Hydra answers with a traceback where it cannot make its own folder."""
+    from slothrl.checks import unwritable
+
+    folder = {"hydra.run.dir": "outputs", "hydra.sweep.dir": "multirun"}[key]  # conf/config.yaml
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name == key:
+            folder = value.strip("'\"").split("${")[0]  # what stands before the date
+    if reason := unwritable(Path(folder).expanduser().absolute()):
+        raise ConfigError([f"{key}={folder}: {reason}"])
 
 
 def _without_hydra(overrides: list[str]) -> list[str]:
@@ -125,10 +139,12 @@ def _job(config) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         return fail(UserError(f"output_dir={folder}: {error.strerror}"))
+    from slothrl.compose import SearchPath
     from slothrl.run import run
 
+    overlay = ["--config-dir", str(SearchPath.overlay.resolve())] if SearchPath.overlay else []
     try:
-        summary = run(config, folder.resolve(), overrides=list(runtime.overrides.task))
+        summary = run(config, folder.resolve(), overrides=[*overlay, *runtime.overrides.task])
     except UserError as error:
         return fail(error)
     except KeyboardInterrupt:

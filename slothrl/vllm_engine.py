@@ -25,7 +25,7 @@ class VLLMOptions:
         quantization: "bitsandbytes" (nf4, quantised while loading) or None.
         dtype: "bfloat16", "float16" or "float32".
         gpu_memory_utilization: share of the GPU for weights and KV cache together.
-        kv_cache_gb: KV cache on a CPU, in GiB.
+        kv_cache_gb: KV cache in GiB; None: what `gpu_memory_utilization` leaves, 1 on a CPU.
     """
 
     path: str
@@ -34,7 +34,7 @@ class VLLMOptions:
     quantization: str | None = None
     dtype: str = "bfloat16"
     gpu_memory_utilization: float = 0.35
-    kv_cache_gb: float = 1.0
+    kv_cache_gb: float | None = None
     enforce_eager: bool = False
     seed: int = 0
     revision: str | None = None
@@ -90,10 +90,11 @@ class VLLMEngine(Engine):
         }
         if options.quantization:
             arguments["quantization"] = options.quantization
-        if torch.cuda.is_available():
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
             arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
-        else:
-            arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gb * 2**30)
+        if options.kv_cache_gb is not None or not on_gpu:
+            arguments["kv_cache_memory_bytes"] = int((options.kv_cache_gb or 1.0) * 2**30)
         return arguments
 
     def generate(self, prompt_ids: Sequence[TokenIds], sampling: Sampling) -> Rollout:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PrinterCallback
 from trl import GRPOConfig, SFTConfig
 
 from slothrl.checks import set_fields
@@ -59,7 +60,10 @@ def build_trainer(prepared: Prepared, arguments: GRPOConfig | SFTConfig) -> GRPO
     }
     try:
         if prepared.sft:
-            return SFTTrainer(**common, eval_dataset=prepared.eval_loss)
-        return GRPOTrainer(reward_funcs=list(prepared.rewards), **common)
+            trainer = SFTTrainer(**common, eval_dataset=prepared.eval_loss)
+        else:
+            trainer = GRPOTrainer(reward_funcs=list(prepared.rewards), **common)
     except ValueError as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+    trainer.remove_callback(PrinterCallback)  # a bar and metrics.jsonl take its place
+    return trainer

@@ -31,8 +31,8 @@ class GRPOTrainer(TRLGRPOTrainer):
     log-probs where the policy is still the one that sampled.
 
     Args:
-        engine: what generates; default transformers' generate, or, where `args.use_vllm` asks for colocated vLLM, vLLM in
-            this process with the LoRA pushed in memory (TRL's own vLLM path never sees the LoRA of a 4-bit base).
+        engine: what generates; default transformers' generate, or, where `args.use_vllm` asks for colocated vLLM, vLLM
+            in this process with the LoRA pushed in memory (TRL's own vLLM path never sees the LoRA of a 4-bit base).
         probe: compared with the engine after each LoRA push; aborts the run on a mismatch.
     """
 
@@ -74,7 +74,7 @@ class GRPOTrainer(TRLGRPOTrainer):
         from slothrl.vllm_engine import VLLMEngine, VLLMOptions
 
         if not isinstance(self.model, PeftModel):
-            raise ValueError("use_vllm=True needs a LoRA adapter (peft_config=...): slothrl pushes the LoRA, not the base")
+            raise ValueError("use_vllm=True needs a LoRA adapter (peft_config=...): the LoRA is what slothrl pushes")
         base = self.model.get_base_model()
         length = self.args.vllm_max_model_length or min(4096, base.config.get_text_config().max_position_embeddings)
         options = VLLMOptions(
@@ -217,7 +217,8 @@ class GRPOTrainer(TRLGRPOTrainer):
         )
         metrics = self._metrics["train" if self.model.training else "eval"]
         counted = mask.bool()
-        gap = (old_logprobs - sampling_logprobs)[counted].abs().nan_to_num(0.0)
+        gap = (old_logprobs - sampling_logprobs)[counted].abs()
+        gap = gap[~gap.isnan()]  # where the engine gave no log-prob
         flat = ratio[counted] if ratio.shape == mask.shape else ratio.flatten()
         for name, values in (("sampling_logp_difference", gap), ("importance_sampling_ratio", flat)):
             if values.numel():
