@@ -239,6 +239,10 @@ def _path_problems(config: Any) -> list[str]:
         found.append(f"resume={config.resume}: no such folder")
     if config.output_dir is not None and (reason := unwritable(Path(config.output_dir).expanduser())):
         found.append(f"output_dir={config.output_dir}: {reason}")
+    elif config.output_dir is not None and config.resume is None:
+        folder = Path(config.output_dir).expanduser()
+        if (folder / "metrics.jsonl").exists():  # two runs in one curve
+            found.append(f"output_dir={folder}: holds a run already; resume={folder} goes on with it")
     return found
 
 

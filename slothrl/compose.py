@@ -95,21 +95,29 @@ def compose_config(overrides: Sequence[str] = (), overlay: Path | None = None) -
     """
     register(overlay)
     config, found = _compose(with_defaults(overrides))
-    if config is None or (found := problems(config)):
+    if found or config is None:
         raise ConfigError(found)
     return config
 
 
 def _compose(overrides: list[str]) -> tuple[DictConfig | None, list[str]]:
-    """(the config, []) or (None, what is wrong with the overrides, one line each)."""
+    """(the config or None, everything wrong with it, one line each)."""
     with _hydra():
         try:
-            return compose("config", overrides), []
+            config, found = compose("config", overrides), []
         except MISTAKES as error:
-            first = error
-        # Hydra stops at the first mistake; each override alone shows them all.
-        found = [line for override in overrides if (line := _override_problem(override))]
-    return None, found or [_one_line(first)]
+            # Hydra stops at the first mistake; each override alone shows them all, and the others can still be checked.
+            wrong = {override: line for override in overrides if (line := _override_problem(override))}
+            found = list(wrong.values()) or [_one_line(error)]
+            config = _compose_rest([override for override in overrides if override not in wrong])
+    return config, found + (problems(config) if config is not None else [])
+
+
+def _compose_rest(overrides: list[str]) -> DictConfig | None:
+    try:
+        return compose("config", overrides)
+    except MISTAKES:
+        return None
 
 
 def _override_problem(override: str) -> str | None:
@@ -159,9 +167,11 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     # A key with the right last part under the wrong group is the commonest slip.
     tail = word.rsplit(".", 1)[-1]
     near = [k for k in known if "." in k and k.rsplit(".", 1)[-1] == tail]
-    near += difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    near += difflib.get_close_matches(word, known, n=3, cutoff=0.9)
     by_tail = {k.rsplit(".", 1)[-1]: k for k in known}
-    near += [by_tail[t] for t in difflib.get_close_matches(tail, list(by_tail), n=2, cutoff=0.7)]
+    near += [by_tail[t] for t in difflib.get_close_matches(tail, list(by_tail), n=2, cutoff=0.8)]
+    # Far guesses only where there is no near one.
+    near = near or difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     near = list(dict.fromkeys(near))[:3]
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
@@ -179,7 +189,6 @@ def check_jobs(jobs: Sequence[Sequence[str]]) -> None:
     """Compose and check every job of a command line. Raises `ConfigError` with the problems of all of them."""
     found: list[str] = []
     for job in jobs:
-        config, wrong = _compose(list(job))
-        found += wrong if config is None else problems(config)
+        found += _compose(list(job))[1]
     if found:
         raise ConfigError(list(dict.fromkeys(found)))

@@ -32,7 +32,9 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     source: str = MISSING  # arithmetic, countdown, gsm8k, reasoning_gym, file, hub
-    path: str | None = None  # source=file: .jsonl/.json/.parquet/.csv; source=gsm8k: folder with train.jsonl, test.jsonl
+    path: str | None = (
+        None  # source=file: .jsonl/.json/.parquet/.csv; source=gsm8k: folder with train.jsonl, test.jsonl
+    )
     eval_path: str | None = None
     name: str | None = None  # source=hub: dataset name; source=reasoning_gym: task name
     subset: str | None = None

@@ -82,7 +82,7 @@ Loaded = tuple["Dataset", "Dataset | None", str]  # training rows, held-out rows
 def _load_generated(config: DataConfig) -> Loaded:
     task, size = task_knobs(config), config.train_size or GENERATED_SIZE
     train, held_out = generate(config.source, size, config.eval_size, config.seed, **task)
-    knobs = "".join(f", {knob} {value}" for knob, value in task.items())
+    knobs = "".join(f", {knob} {value}" for knob, value in task.items() if value is not None)
     origin = f"{config.source} (generated{knobs})"
     return as_dataset(train, origin), as_dataset(held_out, origin) if held_out else None, origin
 

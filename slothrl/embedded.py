@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from slothrl.errors import UserError
 
@@ -27,6 +28,8 @@ class EmbeddedModel:
     eos_token: str
     pad_token: str
 
+
+CONVERSION = 2  # raised when `_convert` writes something else, so that older conversions are not reused
 
 EMBEDDED = {
     "smollm2": EmbeddedModel(
@@ -69,7 +72,7 @@ def embedded_folder(name: str) -> Path:
         UserError: the package is missing, or its file is not the one that was tried.
     """
     model = EMBEDDED[name]
-    target = cache_dir() / f"{name}-{model.sha256[:12]}"
+    target = cache_dir() / f"{name}-{model.sha256[:12]}-{CONVERSION}"
     if (target / "config.json").exists():
         return target
     source = gguf_path(model)
@@ -99,7 +102,7 @@ def _convert(source: Path, model: EmbeddedModel, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     # transformers 5.17 reads the wrong end-of-turn token out of a GGUF file.
     tokenizer.eos_token, tokenizer.pad_token = model.eos_token, model.pad_token
-    weights = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
+    weights: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
     # A model read from GGUF counts as quantised and refuses to be saved, though its weights are plain by now.
     weights.hf_quantizer = None
     if hasattr(weights.config, "quantization_config"):
@@ -107,6 +110,8 @@ def _convert(source: Path, model: EmbeddedModel, folder: Path) -> None:
     weights.config.eos_token_id = weights.generation_config.eos_token_id = tokenizer.eos_token_id
     weights.config.pad_token_id = weights.generation_config.pad_token_id = tokenizer.pad_token_id
     weights.save_pretrained(folder)
+    # transformers ignores the flag for this kind of tokenizer, with a warning a run.
+    tokenizer.clean_up_tokenization_spaces = False
     tokenizer.save_pretrained(folder)
     folder.chmod(0o755)  # mkdtemp makes it private
 

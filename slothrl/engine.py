@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -109,7 +110,7 @@ def _vllm_problem(device: str) -> str | None:
 
 
 @contextmanager
-def inference(model: torch.nn.Module):
+def inference(model: Any) -> Iterator[Any]:
     """Run `model` in eval mode without gradients (which also turns its gradient checkpointing off), then restore it."""
     training = model.training
     model.eval()
@@ -131,7 +132,7 @@ class TransformersEngine(Engine):
     name = "transformers"
 
     def __init__(self, model, tokenizer):
-        self.model = model
+        self.model: Any = model
         self.pad_token_id = tokenizer.pad_token_id
         self.eos_token_ids = end_token_ids(model, tokenizer)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,25 +29,36 @@ class HeldOut:
     scores: list[float | None]
 
 
-def prompt_token_ids(tokenizer, prompts: Sequence[Any]) -> list[list[int]]:
-    """Token ids of prompts that are strings or chat messages, ready for an engine."""
+def prompt_token_ids(tokenizer, prompts: Sequence[Any], template: Mapping[str, Any] | None = None) -> list[list[int]]:
+    """Token ids of prompts that are strings or chat messages, ready for an engine.
+
+    Args:
+        template: keywords for the chat template, as TRL's `chat_template_kwargs`.
+    """
     if prompts and isinstance(prompts[0], list):
-        return [
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-            for messages in prompts
-        ]
+        options = {**(template or {}), "add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        return [tokenizer.apply_chat_template(messages, **options) for messages in prompts]
     return [tokenizer(text)["input_ids"] for text in prompts]
 
 
-def held_out(engine: Engine, tokenizer, rows: list[dict[str, Any]], score: Reward, max_tokens: int) -> HeldOut:
+def held_out(
+    engine: Engine,
+    tokenizer,
+    rows: list[dict[str, Any]],
+    score: Reward,
+    max_tokens: int,
+    template: Mapping[str, Any] | None = None,
+) -> HeldOut:
     """Complete every row greedily and score it.
 
     Args:
         rows: each with `prompt` and the columns that the function reads.
         max_tokens: of each completion.
+        template: keywords for the chat template.
     """
     prompts = [row["prompt"] for row in rows]
-    rollout = engine.generate(prompt_token_ids(tokenizer, prompts), Sampling(max_tokens=max_tokens, temperature=0.0))
+    prompt_ids = prompt_token_ids(tokenizer, prompts, template)
+    rollout = engine.generate(prompt_ids, Sampling(max_tokens=max_tokens, temperature=0.0))
     texts = tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
     chat = isinstance(prompts[0], list)
     completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -74,7 +73,7 @@ class LossConfig:
 
     max_completion_length: int
     loss_type: str = "grpo"
-    level: Literal["token", "sequence"] = "token"
+    level: str = "token"
     clip_low: float = 0.2
     clip_high: float = 0.2
     delta: float | None = None

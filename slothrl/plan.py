@@ -53,8 +53,8 @@ class Batch:
             return f"{sequences} sequences a step = {shape}, {tokens}"
         prompts = self.per_device * self.steps_per_generation // self.num_generations
         made = prompts * self.num_generations
-        text = f"{prompts} prompts x {self.num_generations} completions = {made} a generation; {sequences} a step = {shape}"
-        return f"{text}, {tokens}"
+        text = f"{prompts} prompts x {self.num_generations} completions = {made} a generation"
+        return f"{text}; {sequences} a step = {shape}, {tokens}"
 
 
 def size(count: float) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from slothrl.checks import set_fields
 from slothrl.config import Config, DataConfig
 from slothrl.data import PromptReport, build_prompts, build_sft, load_data
 from slothrl.engine import EngineChoice, choose_engine
@@ -41,13 +42,18 @@ class Prepared:
     engine: EngineChoice
 
     @property
+    def chat_template_kwargs(self) -> dict[str, Any]:
+        return set_fields(self.config.trainer).get("chat_template_kwargs") or {}
+
+    @property
     def sft(self) -> bool:
         return self.config.algo.trainer == "sft"
 
     def probe_rows(self) -> list[list[int]]:
         """Fixed token rows for the policy probe: the ends of the first four prompts, 64 tokens of each at most."""
-        prompts = [row["prompt"] for row in self.train.select(range(min(4, len(self.train))))]
-        return [ids[-64:] for ids in prompt_token_ids(self.tokenizer, prompts) if len(ids) > 1]
+        prompts = [row["prompt"] for row in rows_of(self.train.select(range(min(4, len(self.train)))))]
+        rows = prompt_token_ids(self.tokenizer, prompts, self.chat_template_kwargs)
+        return [ids[-64:] for ids in rows if len(ids) > 1]
 
 
 def prepare(config: Config) -> Prepared:
@@ -63,15 +69,16 @@ def prepare(config: Config) -> Prepared:
     splits = load_data(config.data)
     model = plan_model(config.model, config.gpu.device)
     tokenizer = load_tokenizer(model)
+    template = set_fields(config.trainer).get("chat_template_kwargs") or {}
     if sft:
         prompts, train = None, build_sft(splits.train, config.data)
     else:
-        prompts = build_prompts(splits.train, config.data, tokenizer)
+        prompts = build_prompts(splits.train, config.data, tokenizer, template)
         train = prompts.dataset
-    eval_rows = _scored_rows(splits.eval, config.data, tokenizer)
+    eval_rows = _scored_rows(splits.eval, config.data, tokenizer, template)
     score = load_score(config.reward, rewards) if eval_rows else None
     if not sft:
-        self_test(rewards, list(train.select(range(min(4, len(train))))))
+        self_test(rewards, rows_of(train.select(range(min(4, len(train))))))
     engine = choose_engine("transformers" if sft else config.rollout.engine, config.gpu.device)
     return Prepared(
         config=config,
@@ -88,9 +95,12 @@ def prepare(config: Config) -> Prepared:
     )
 
 
-def _scored_rows(rows: Dataset | None, config: DataConfig, tokenizer) -> list[dict[str, Any]]:
+def _scored_rows(rows: Dataset | None, config: DataConfig, tokenizer, template: dict[str, Any]) -> list[dict[str, Any]]:
     """Held-out rows as prompts; none where the data has no prompt to complete (SFT on texts or conversations)."""
     if rows is None or not (config.template or config.prompt_column in rows.column_names):
         return []
-    return list(build_prompts(rows, config, tokenizer).dataset)
+    return rows_of(build_prompts(rows, config, tokenizer, template).dataset)
 
+
+def rows_of(dataset: Dataset) -> list[dict[str, Any]]:
+    return [dict(row) for row in dataset]  # pyright: ignore - `datasets` types its rows loosely

@@ -13,7 +13,6 @@ from slothrl.engine import Engine, TokenIds, model_logprobs
 from slothrl.errors import PolicyMismatchError
 from slothrl.vllm_compat import lora_layers
 
-
 # Standard deviations of a test change to B.
 PERTURBATIONS = (0.003, 0.01, 0.03, 0.1, 0.3)
 
@@ -51,7 +50,7 @@ class PolicyProbe:
         """Raise the bound to 4 times the rounding noise of the two implementations, measured before training.
 
         The noise differs by model: 0.02 to 0.03 nat in bf16 on a large one, 0.09 on SmolLM2-135M, where it went up to
-        0.15 in the course of a run. An adapter that did not arrive is off by 0.7 nat and more once the policy has moved.
+        0.18 in the course of a run. An adapter that did not arrive is off by 0.7 nat and more once the policy moved.
         """
         self.bound = max(self.bound, 4 * noise)
 

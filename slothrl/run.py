@@ -145,12 +145,12 @@ def describe(prepared: Prepared, trainer, output_dir: Path) -> Plan:
     weights, trainable, count = parameter_bytes(trainer.model)
     plan = Plan(f"slothrl: {config.algo.name}")
     plan.add("model", f"{model.title}, {count / 1e6:,.1f}M parameters, {size(weights)} in memory")
-    plan.add("weights", f"{model.quantization}, {str(model.dtype).removeprefix('torch.')}, on {config.gpu.device}")
+    quantization = "not quantised" if model.quantization == "none" else model.quantization
+    plan.add("weights", f"{quantization}, {str(model.dtype).removeprefix('torch.')}, on {config.gpu.device}")
     lora = config.model.lora
     adapter = f"{trainable / 1e6:.2f}M trainable, {size(trainable * 4)} in float32"
     plan.add("LoRA", f"r={lora.r}, alpha={lora.lora_alpha}, {adapter}")
-    held = f"{len(prepared.eval_rows or prepared.eval_loss or [])} held out"
-    plan.add("data", f"{prepared.data_title}: {len(prepared.train):,} to train on, {held}{_prompt_note(prepared)}")
+    plan.add("data", f"{prepared.data_title}{_prompt_note(prepared)}")
     plan.add("step", _batch(prepared, args).describe())
     steps = args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     plan.add("steps", f"{steps}, lr {args.learning_rate:g}")
@@ -237,9 +237,19 @@ def _score(prepared: Prepared, trainer, engine: Engine) -> float | None:
         return loss
     engine.push_lora()
     limit = getattr(trainer.args, "max_completion_length", None) or 256
-    found: HeldOut = held_out(engine, prepared.tokenizer, prepared.eval_rows, prepared.score, limit)
-    append_jsonl(output_dir / "held_out.jsonl", {"step": step, "metric": prepared.score.name, "score": found.score,
-                                                 "count": found.count, "completions": found.completions})
+    found: HeldOut = held_out(
+        engine, prepared.tokenizer, prepared.eval_rows, prepared.score, limit, prepared.chat_template_kwargs
+    )
+    append_jsonl(
+        output_dir / "held_out.jsonl",
+        {
+            "step": step,
+            "metric": prepared.score.name,
+            "score": found.score,
+            "count": found.count,
+            "completions": found.completions,
+        },
+    )
     return found.score
 
 

@@ -20,6 +20,7 @@ Examples:
   python -m slothrl algo=dapo trainer.max_steps=50 'reward.functions=[./my_reward.py:score]'
   python -m slothrl model=hub model.name=Qwen/Qwen2.5-0.5B-Instruct data=gsm8k
 """
+INTERRUPTED = 130  # what a shell gives for Ctrl-C
 INFORMATION = {"--info", "-i", "--hydra-help", "--cfg", "-c", "--version", "--shell-completion", "-sc"}
 
 
@@ -40,7 +41,8 @@ def main(argv: list[str]) -> int:
         if not INFORMATION & {flag.split("=")[0] for flag in flags}:
             _check_hydra_folder(overrides, "hydra.sweep.dir" if multirun else "hydra.run.dir")
             check_jobs(expand(overrides) if multirun else [_without_hydra(overrides)])
-        return _hydra_main([*_pair(flags, values), *overrides])
+        record = [] if multirun else _hydra_folder(overrides)
+        return _hydra_main([*_pair(flags, values), *overrides, *record])
     except UserError as error:
         return fail(error)
 
@@ -72,6 +74,17 @@ def _is_value(argument: str, arguments: list[str]) -> bool:
 def _pair(flags: list[str], values: list[str]) -> list[str]:
     waiting = list(values)
     return [word for flag in flags for word in ([flag, waiting.pop(0)] if flag in INFORMATION and waiting else [flag])]
+
+
+def _hydra_folder(overrides: list[str]) -> list[str]:
+    """Hydra's own record of the run beside the run's other files, where a folder is named."""
+    named = {o.partition("=")[0]: o.partition("=")[2] for o in overrides}
+    if "hydra.run.dir" in named:
+        return []
+    if folder := named.get("resume"):  # the first part's record stays
+        return [f"hydra.run.dir={folder}", "hydra.output_subdir=null"] if Path(folder).is_dir() else []
+    folder = named.get("output_dir")
+    return [f"hydra.run.dir={folder}"] if folder and not folder.startswith("~") else []
 
 
 def _check_hydra_folder(overrides: list[str], key: str) -> None:
@@ -118,10 +131,15 @@ def _hydra_main(arguments: list[str]) -> int:
     def job(config) -> None:
         nonlocal code
         code = max(code, _job(config))
+        if code == INTERRUPTED:  # Ctrl-C means the whole sweep
+            sys.exit(code)
 
     previous, sys.argv = sys.argv, ["slothrl", *arguments]
     try:
         hydra.main(version_base="1.3", config_path=None, config_name="config")(job)()
+    except SystemExit:
+        if code != INTERRUPTED:
+            raise
     finally:
         sys.argv = previous
     return code
@@ -149,8 +167,8 @@ def _job(config) -> int:
         return fail(error)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        return 130
-    return 130 if summary.resume else 0
+        return INTERRUPTED
+    return INTERRUPTED if summary.resume else 0
 
 
 def fail(error: UserError) -> int:

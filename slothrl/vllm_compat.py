@@ -3,11 +3,11 @@
 Features are probed, versions not compared. Nothing here changes vLLM: it reads its objects and writes into the LoRA
 buffers that vLLM made for an adapter of ours.
 
-| piece | seen working with | upstream | contract test |
+| piece | seen working with | upstream | test in tests/integration/test_vllm_engine.py |
 |---|---|---|---|
-| in-process engine (`VLLM_ENABLE_V1_MULTIPROCESSING=0`) | 0.26, 0.31 | its own documented variable | tests/integration/test_vllm_engine.py |
-| adapter registered from tensors | 0.26, 0.31 | no public tensor path | the same, `test_lora_reaches_vllm` |
-| stacked LoRA buffers written in place | 0.26, 0.31 | no public tensor path | the same, `test_push_in_place` |
+| in-process engine, `ENVIRONMENT` | 0.26, 0.31 | documented variables | all of them |
+| adapter registered from tensors | 0.26, 0.31 | no public tensor path | `test_lora_reaches_vllm` |
+| stacked LoRA buffers written in place | 0.26, 0.31 | no public tensor path | `test_push_in_place` |
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def max_lora_rank(rank: int) -> int:
     for allowed in RANKS:
         if rank <= allowed:
             return allowed
-    raise UserError(f"model.lora.r={rank}: vLLM takes LoRA ranks up to {RANKS[-1]}; lower it or use rollout=transformers")
+    raise UserError(
+        f"model.lora.r={rank}: vLLM takes LoRA ranks up to {RANKS[-1]}; lower it or use rollout=transformers"
+    )
 
 
 def lora_layers(model) -> dict[str, Any]:
@@ -101,7 +103,9 @@ class LoraSlot:
         self.index = self.manager.lora_index_to_id.index(ADAPTER_ID)
         self.buffers = list(self._buffers())
         if len(self.buffers) != len(self.layers):
-            raise UserError(f"vLLM takes LoRA on {len(self.buffers)} of this model's {len(self.layers)} adapted projections")
+            raise UserError(
+                f"vLLM takes LoRA on {len(self.buffers)} of this model's {len(self.layers)} adapted projections"
+            )
 
     def _register(self, model) -> None:
         from vllm.lora.lora_model import LoRAModel
@@ -115,7 +119,9 @@ class LoraSlot:
         )
         tensors = {
             # Clones: vLLM multiplies B by the scaling in place.
-            f"base_model.model.{name}.lora_{which}.weight": getattr(layer, f"lora_{which}")["default"].weight.detach().clone()
+            f"base_model.model.{name}.lora_{which}.weight": getattr(layer, f"lora_{which}")["default"]
+            .weight.detach()
+            .clone()
             for name, layer in self.layers.items()
             for which in "AB"
         }

@@ -34,6 +34,7 @@ def trainer_config(prepared: Prepared, output_dir: Path) -> GRPOConfig | SFTConf
         "seed": config.seed,
         "report_to": list(config.logger.report_to) or "none",
         "use_cpu": not on_gpu,
+        "dataloader_pin_memory": on_gpu,
         "bf16": on_gpu and prepared.model.dtype == torch.bfloat16,
         "fp16": on_gpu and prepared.model.dtype == torch.float16,
         "disable_tqdm": True,  # we have a bar of our own

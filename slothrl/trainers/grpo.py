@@ -36,6 +36,10 @@ class GRPOTrainer(TRLGRPOTrainer):
         probe: compared with the engine after each LoRA push; aborts the run on a mismatch.
     """
 
+    args: GRPOConfig  # what TRL's base class calls them more broadly
+    model: Any
+    max_completion_length: int
+
     def __init__(self, model, reward_funcs=None, args: GRPOConfig | None = None, *positional, **named):
         engine: Engine | None = named.pop("engine", None)
         probe: PolicyProbe | None = named.pop("probe", None)
@@ -75,12 +79,12 @@ class GRPOTrainer(TRLGRPOTrainer):
 
         if not isinstance(self.model, PeftModel):
             raise ValueError("use_vllm=True needs a LoRA adapter (peft_config=...): the LoRA is what slothrl pushes")
-        base = self.model.get_base_model()
+        base: Any = self.model.get_base_model()
         length = self.args.vllm_max_model_length or min(4096, base.config.get_text_config().max_position_embeddings)
         options = VLLMOptions(
             path=base.config._name_or_path,
             max_model_len=length,
-            max_num_seqs=self.args.generation_batch_size,
+            max_num_seqs=self.args.generation_batch_size or 1,
             quantization="bitsandbytes" if getattr(base, "is_loaded_in_4bit", False) else None,
             dtype=str(base.dtype).removeprefix("torch."),
             gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
@@ -193,6 +197,7 @@ class GRPOTrainer(TRLGRPOTrainer):
             self._loss_config(),
             normalizer=self._token_normalizer(inputs),
         )
+        assert entropies is not None
         self._record(output, entropies, mask)
         return output.loss / self._accumulation
 

@@ -26,7 +26,9 @@ def parts(request):
     extra = {"quantization_config": quantization_config("nf4", torch.bfloat16)} if nf4 else {}
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": 0}, **extra)
     model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-    options = VLLMOptions(str(folder), 256, 16, "bitsandbytes" if nf4 else None, gpu_memory_utilization=0.1, kv_cache_gb=1.0)
+    options = VLLMOptions(
+        str(folder), 256, 16, "bitsandbytes" if nf4 else None, gpu_memory_utilization=0.1, kv_cache_gb=1.0
+    )
     engine = VLLMEngine(model, tokenizer, options)
     rows = [tokenizer(text)["input_ids"] for text in ("The capital of France is Paris.", "2 + 2 = 4, and 3 + 3 = 6")]
     yield engine, model, tokenizer, rows
