@@ -30,6 +30,7 @@ CHOICES = {
     "rollout.engine": ("auto", "vllm", "transformers"),
     "rollout.dtype": ("auto", "bfloat16", "float16", "float32"),
     "gpu.device": ("cpu", "cuda"),
+    "reward.on_failure": ("mask", "zero", "abort"),
     "algo.trainer": ("grpo", "sft"),
     "trainer.loss_type": None,  # per trainer, below
     "trainer.scale_rewards": ("group", "batch", "none", True, False),
@@ -115,9 +116,14 @@ def _trainer_problems(kind: str, trainer: dict[str, Any]) -> list[str]:
 
 def _ranges(config: Any) -> list[str]:
     found = []
-    for key in ("model.lora.r", "logger.samples_every"):
+    for key in ("model.lora.r", "logger.samples_every", "reward.workers"):
         if (value := OmegaConf.select(config, key)) < 1:
             found.append(f"{key}={value}: must be at least 1")
+    for key in ("reward.timeout", "reward.memory_gb"):
+        if not 0 < (value := OmegaConf.select(config, key)) < float("inf"):
+            found.append(f"{key}={value}: must be over 0")
+    if not 0 <= (value := config.reward.max_failure_rate) <= 1:
+        found.append(f"reward.max_failure_rate={value}: must be in [0, 1]")
     for key in ("rollout.gpu_memory_utilization", "model.lora.lora_dropout"):
         if not 0 <= (value := OmegaConf.select(config, key)) < 1:
             found.append(f"{key}={value}: must be in [0, 1)")

@@ -59,6 +59,12 @@ class RewardConfig:
     weights: list[float] | None = None  # one a function; default all 1.0
     params: dict[str, Any] = field(default_factory=dict)  # {function name: {keyword: value}}
     score: str | None = None  # the function that gives the held-out score; default: the first one
+    isolate: bool = True  # each function in worker processes of its own; false: in the trainer's process
+    timeout: float = 30.0  # seconds a call may take; a worker that is late is killed
+    memory_gb: float = 4.0  # address space of a worker, GiB
+    workers: int = 1  # processes a function; its completions are divided among them
+    on_failure: str = "mask"  # what a completion gets whose scoring failed: mask (no reward), zero; abort: the run ends
+    max_failure_rate: float = 0.2  # of the completions of the last 10 batches; more end the run
 
 
 @dataclass

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from slothrl.data_checks import (
     choice_problems,
     column_problems,
+    is_generated,
     named,
     static_data_problems,
     task_knobs,
@@ -24,6 +25,8 @@ from slothrl.data_files import as_dataset, iterate, read, with_column
 from slothrl.errors import ConfigError, UserError
 from slothrl.prompts import PromptReport, build_prompts, build_sft
 from slothrl.tasks import TASKS, Row, generate, nearest
+from slothrl.tasks_code import code_problems, code_rows, human_eval_rows
+from slothrl.tasks_math import problem_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -108,6 +111,28 @@ def _gsm8k_row(row: Mapping[str, Any], number: int, where: str) -> Row:
     return {"prompt": row["question"], "answer": answer, "solution": solution}
 
 
+def _load_math(config: DataConfig) -> Loaded:
+    if is_generated(config):
+        return _load_generated(config)
+    raw, held_out, origin = _load_hub(config) if config.path is None else _load_file(config)
+    made = [as_dataset(problem_rows(iterate(rows), origin), origin) for rows in (raw, held_out) if rows is not None]
+    return made[0], made[1] if held_out is not None else None, f"math ({origin})"
+
+
+def _load_code(config: DataConfig) -> Loaded:
+    if config.path is None and config.name is None:
+        return as_dataset(code_problems(), "code"), None, "code (the set that ships with slothrl)"
+    if config.path is not None:
+        origin, raw = config.path, read(Path(config.path), "data.path")
+    elif config.name == "humaneval":
+        origin, raw = "humaneval", human_eval_rows()
+    else:
+        raw, _, origin = _load_hub(config)
+    rows, left_out = code_rows(iterate(raw), origin)
+    note = f"; {left_out} rows left out, whose tests are no plain comparisons" if left_out else ""
+    return as_dataset(rows, origin), None, f"code ({origin}{note})"
+
+
 def _load_file(config: DataConfig) -> Loaded:
     path = Path(config.path) if config.path else None
     train = as_dataset(read(path, "data.path"), str(path))
@@ -145,6 +170,8 @@ def _load_reasoning_gym(config: DataConfig) -> Loaded:
 
 _LOADERS: dict[str, Callable[[DataConfig], Loaded]] = {
     **dict.fromkeys(TASKS, _load_generated),
+    "math": _load_math,
+    "code": _load_code,
     "gsm8k": _load_gsm8k,
     "reasoning_gym": _load_reasoning_gym,
     "file": _load_file,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from slothrl.data_files import check_file, first_columns
 from slothrl.errors import UserError
 from slothrl.tasks import TASKS, check_knobs, generate, nearest
+from slothrl.tasks_code import COLUMNS
 
 if TYPE_CHECKING:
     from slothrl.config import DataConfig
@@ -22,7 +23,7 @@ _READY_FOR_SFT = {"messages", "text"}  # columns that need no prompt column besi
 
 COMPLETIONS = ("completion", "solution")  # columns that stand in for an answer in SFT
 
-_SOURCES = (*TASKS, "gsm8k", "reasoning_gym", "file", "hub")
+_SOURCES = (*TASKS, "code", "gsm8k", "reasoning_gym", "file", "hub")
 
 
 def static_data_problems(config: DataConfig) -> list[str]:
@@ -63,7 +64,12 @@ def choice_problems(config: DataConfig) -> list[str]:
 
 def _columns_ahead(config: DataConfig) -> list[str] | None:
     """Columns that the source will have, None where only loading tells; raises UserError for what is wrong already."""
-    if config.source in TASKS:  # a few hundred rows show a wrong knob or too small a space
+    if config.source in ("math", "code") and config.path is not None:
+        check_file(Path(config.path), "data.path")
+        return None  # columns of several shapes, which the rows themselves tell
+    if config.source == "code":
+        return COLUMNS if config.name in (None, "humaneval") else None
+    if is_generated(config):  # a few hundred rows show a wrong knob or too small a space
         few = max(0, min(config.eval_size, 300))
         return list(generate(config.source, 1, few, config.seed, **task_knobs(config))[0][0])
     if config.source == "gsm8k":
@@ -84,6 +90,11 @@ def _columns_ahead(config: DataConfig) -> list[str] | None:
     raise UserError(unknown_source(config))
 
 
+def is_generated(config: DataConfig) -> bool:
+    """Whether the rows are made here; data=math takes a file or a data set of the hub as well."""
+    return config.source in TASKS and not (config.source == "math" and (config.path or config.name))
+
+
 def unknown_source(config: DataConfig) -> str:
     known = _SOURCES
     if config.source == "???":
@@ -99,7 +110,7 @@ def named(config: DataConfig) -> str:
 
 def task_knobs(config: DataConfig) -> dict[str, Any]:
     task = {str(knob): value for knob, value in dict(config.task).items()}
-    if config.source in TASKS:
+    if is_generated(config):
         check_knobs(config.source, task)  # before size or seed among them meets an argument of that name
     return task
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -14,7 +15,8 @@ from slothrl.engine import EngineChoice, choose_engine
 from slothrl.errors import ConfigError
 from slothrl.evaluate import prompt_token_ids
 from slothrl.models import ModelPlan, load_tokenizer, plan_model
-from slothrl.rewards import Reward, load_rewards, load_score, self_test
+from slothrl.reward_isolation import open_rewards, open_score
+from slothrl.rewards import Reward, self_test
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,17 @@ class Prepared:
         return [ids[-64:] for ids in rows if len(ids) > 1]
 
 
-def prepare(config: Config) -> Prepared:
+def prepare(config: Config, output_dir: Path | None = None) -> Prepared:
     """Load rewards, data and tokenizer, and settle the model and the engine.
+
+    Args:
+        output_dir: where a reward function's failure is written down; None: nowhere.
 
     Raises:
         UserError: with the knob that mends it; `ConfigError` with several.
     """
     sft = config.algo.trainer == "sft"
-    rewards = load_rewards(config.reward) if config.reward.functions else []
+    rewards = open_rewards(config.reward, output_dir) if config.reward.functions else []
     if not sft and not rewards:
         raise ConfigError(["reward.functions is empty: name at least one, as in reward.functions=[./my_reward.py:fn]"])
     splits = load_data(config.data)
@@ -76,7 +81,7 @@ def prepare(config: Config) -> Prepared:
         prompts = build_prompts(splits.train, config.data, tokenizer, template)
         train = prompts.dataset
     eval_rows = _scored_rows(splits.eval, config.data, tokenizer, template)
-    score = load_score(config.reward, rewards) if eval_rows else None
+    score = open_score(config.reward, rewards, output_dir) if eval_rows else None
     if not sft:
         self_test(rewards, rows_of(train.select(range(min(4, len(train))))))
     engine = choose_engine("transformers" if sft else config.rollout.engine, config.gpu.device)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from slothrl.errors import UserError
@@ -30,6 +30,13 @@ BUILTIN = {
     "arithmetic": "arithmetic",
     "gsm8k": "gsm8k",
     "countdown": "countdown",
+    "math_answer": "math_answers",
+    "json_schema": "json_format",
+    "xml_format": "json_format",
+    "repetition_penalty": "repetition",
+    "language_consistency": "language",
+    "llm_judge": "judge",
+    "code_tests": "code",
 }
 FORMS = "pkg.mod:function or ./file.py:function"
 
@@ -108,6 +115,41 @@ def resolve(spec: RewardSpec) -> tuple[Any, str]:
     if not file.endswith(".py"):
         return value, spec.text
     return value, f"{spec.text} sha256 {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]}"
+
+
+def mentions(spec: RewardSpec, word: str) -> bool:
+    """Whether the source of a name's module holds `word`; nothing is imported. False where there is no source."""
+    if spec.path:
+        return spec.path.is_file() and word in _read(spec, spec.path)
+    top, *rest = (spec.module or _entry_point(spec).module).split(".")
+    found = importlib.util.find_spec(top)
+    folders = [Path(folder).joinpath(*rest) for folder in (found and found.submodule_search_locations) or []]
+    files = [folder / "__init__.py" for folder in folders] + [folder.with_suffix(".py") for folder in folders if rest]
+    files += [Path(found.origin)] if found and found.origin and not rest else []
+    return any(file.suffix == ".py" and file.is_file() and word in _read(spec, file) for file in files)
+
+
+_SET_UP: set[str] = set()  # modules whose setup() has run in this process
+
+
+def set_up(spec: RewardSpec, function: Any) -> None:
+    """Call the `setup()` that the function's module defines without parameters, if any, once a process.
+
+    Raises:
+        UserError: it failed.
+    """
+    module = sys.modules.get(getattr(function, "__module__", None) or "")
+    hook = getattr(module, "setup", None)
+    if not isinstance(hook, FunctionType) or module is None or hook.__module__ != module.__name__:
+        return  # none, or one that the module only imported, such as setuptools'
+    if hook.__code__.co_argcount or module.__name__ in _SET_UP:
+        return
+    _SET_UP.add(module.__name__)
+    try:
+        hook()
+    except (Exception, SystemExit) as error:
+        where = place(error, hook.__code__.co_filename)
+        raise UserError(f"reward function {spec.text!r}: setup() raised {told(error)} ({where})") from error
 
 
 def _entry_point(spec: RewardSpec) -> EntryPoint:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import math
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import CodeType, SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from slothrl.config import RewardConfig
 from slothrl.errors import ConfigError, UserError
-from slothrl.reward_sources import check_static, described, nearest, parse, place, resolve, told
+from slothrl.reward_sources import check_static, described, nearest, parse, place, resolve, set_up, told
+
+if TYPE_CHECKING:  # a reward worker starts faster without OmegaConf
+    from slothrl.config import RewardConfig
 
 _FLOAT32_MAX = 3.4028234e38  # TRL keeps rewards in float32; a larger one would become inf there
 
@@ -43,10 +43,10 @@ class Reward:
         self.function, self.source, self.weight, self.params = function, source, weight, dict(params)
         if not callable(function) or inspect.isclass(function):
             raise UserError(f"reward {self.name} is {described(function)}, not a function")
-        self._named, self._required, self._takes_all = _parameters(function)
+        self.named, self.required, self.takes_all = _parameters(function)
         for param in self.params:
-            if param not in self._named and not self._takes_all:
-                raise UserError(f"reward.params.{self.name}.{param}: no such parameter{nearest(param, self._named)}")
+            if param not in self.named and not self.takes_all:
+                raise UserError(f"reward.params.{self.name}.{param}: no such parameter{nearest(param, self.named)}")
 
     def __call__(self, prompts: list, completions: list, **kwargs: Any) -> Any:
         """Score completions.
@@ -57,37 +57,42 @@ class Reward:
         Raises:
             UserError: the function lacks a column, raised, or returned something else than that many finite numbers.
         """
-        arguments = self._arguments({"prompts": prompts, "completions": completions, **kwargs})
+        arguments = self.arguments({"prompts": prompts, "completions": completions, **kwargs})
         try:
             scores = self.function(**arguments)
         except Exception as error:
-            raise self._raised(error) from error
+            raise self.raised(error) from error
         return self._checked(scores, len(completions))
 
-    def _arguments(self, given: dict[str, Any]) -> dict[str, Any]:
+    def arguments(self, given: dict[str, Any]) -> dict[str, Any]:
         given = given | self.params
-        if missing := [name for name in self._required if name not in given]:
+        if missing := [name for name in self.required if name not in given]:
             there = ", ".join(sorted(given))
             hint = f"neither a dataset column nor in reward.params.{self.name}; there are {there}"
             raise UserError(f"reward {self.name} needs {', '.join(missing)}: {hint}")
-        return given if self._takes_all else {name: value for name, value in given.items() if name in self._named}
+        return given if self.takes_all else {name: value for name, value in given.items() if name in self.named}
 
-    def _raised(self, error: Exception) -> UserError:
-        code = _code(self.function)
+    def raised(self, error: BaseException) -> UserError:
+        code = code_of(self.function)
         where = place(error, code.co_filename if code else None)
         if code and not where:  # it failed before its first line: wrong arguments
             where = f"{Path(code.co_filename).name}, line {code.co_firstlineno}"
         return UserError(f"reward {self.name} raised {told(error)} ({where or 'no source'})")
 
-    def _checked(self, scores: Any, count: int) -> list[float | None]:
+    def listed(self, scores: Any, count: int) -> list | tuple:
+        """What the function returned, as `count` scores not yet looked at; anything else is a `UserError`."""
         if hasattr(scores, "tolist"):  # numpy arrays, torch tensors
             scores = scores.tolist()
         if not isinstance(scores, list | tuple):
             raise UserError(f"reward {self.name} returned {described(scores)} where a list of scores is expected")
         if len(scores) != count:
             raise UserError(f"reward {self.name} returned {len(scores)} scores for {count} completions")
+        return scores
+
+    def _checked(self, scores: Any, count: int) -> list[float | None]:
+        scores = self.listed(scores, count)
         try:
-            return [_number(score, position) for position, score in enumerate(scores, start=1)]
+            return [number(score, position) for position, score in enumerate(scores, start=1)]
         except UserError as error:
             raise UserError(f"reward {self.name} returned {error}") from error
 
@@ -101,11 +106,11 @@ class AsyncReward(Reward):
             inspect.markcoroutinefunction(self)
 
     async def __call__(self, prompts: list, completions: list, **kwargs: Any) -> list[float | None]:
-        arguments = self._arguments({"prompts": prompts, "completions": completions, **kwargs})
+        arguments = self.arguments({"prompts": prompts, "completions": completions, **kwargs})
         try:
             scores = await self.function(**arguments)
         except Exception as error:
-            raise self._raised(error) from error
+            raise self.raised(error) from error
         return self._checked(scores, len(completions))
 
 
@@ -122,11 +127,11 @@ def load_rewards(config: RewardConfig, root: Path | None = None) -> list[Reward]
     Raises:
         ConfigError: all problems, one line each.
     """
-    problems, rewards = _table_problems(config), []
+    problems, rewards = table_problems(config), []
     weights = list(config.weights or []) + [1.0] * len(config.functions)  # a wrong count is among the problems
     for text, weight in zip(config.functions, weights, strict=False):
         try:
-            rewards.append(_load(text, weight, config.params, root))
+            rewards.append(load_reward(text, weight, config.params, root))
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -146,7 +151,7 @@ def load_score(config: RewardConfig, rewards: list[Reward], root: Path | None = 
         if config.score in (text, reward.name):
             return reward
     try:
-        return _load(config.score, 1.0, config.params, root)
+        return load_reward(config.score, 1.0, config.params, root)
     except UserError as error:
         raise ConfigError([str(error)]) from error
 
@@ -161,7 +166,7 @@ def static_reward_problems(config: RewardConfig, root: Path | None = None) -> li
     Returns:
         One line a problem; empty if there is none.
     """
-    problems = _table_problems(config)
+    problems = table_problems(config)
     known = {*config.functions, *map(_key, config.functions)}
     for text in [*config.functions, *({config.score} - {None} - known)]:
         try:
@@ -184,8 +189,11 @@ def self_test(rewards: list[Reward], rows: list[dict[str, Any]]) -> None:
     problems = []
     for reward in rewards if rows else []:
         try:
-            scores = reward(**_test_batch(rows[:4]))
+            scores = getattr(reward, "strict", reward)(**_test_batch(rows[:4]))
             if inspect.iscoroutine(scores):
+                import asyncio
+                from concurrent.futures import ThreadPoolExecutor
+
                 with ThreadPoolExecutor(1) as pool:  # a notebook's own thread has a running loop already
                     pool.submit(asyncio.run, scores).result()
         except UserError as error:
@@ -213,14 +221,16 @@ def _test_batch(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return columns
 
 
-def _load(text: str, weight: float, params: Any, root: Path | None) -> Reward:
+def load_reward(text: str, weight: float, params: Any, root: Path | None) -> Reward:
+    """Import and wrap one function; `params` maps functions' names to keywords. Raises: UserError."""
     spec = parse(text, root)
     function, source = resolve(spec)
+    set_up(spec, function)
     given = params.get(spec.function) or {}
     return Reward(function, spec.function, source, weight, given if hasattr(given, "keys") else {})
 
 
-def _table_problems(config: RewardConfig) -> list[str]:
+def table_problems(config: RewardConfig) -> list[str]:
     """What is wrong between the fields of one configuration."""
     problems, keys = [], [_key(text) for text in config.functions]
     for key in sorted({key for key in keys if keys.count(key) > 1}):
@@ -242,20 +252,21 @@ def _key(text: str) -> str:
     return str(text).rpartition(":")[2].strip()
 
 
-def _number(score: Any, position: int) -> float | None:
+def number(score: Any, position: int) -> float | None:
+    """One score as a float, None for None and NaN; anything else is a `UserError` that says which completion's."""
     if score is None:
         return None
     try:
-        number = None if isinstance(score, str | bytes) else float(score)
+        value = None if isinstance(score, str | bytes) else float(score)
     except OverflowError:  # an enormous int
-        number = math.inf
+        value = math.inf
     except Exception:  # whatever a foreign type's __float__ raises
-        number = None
-    if number is None:
+        value = None
+    if value is None:
         raise UserError(f"{described(score)} where a number or None is expected (completion {position})")
-    if abs(number) > _FLOAT32_MAX:
-        raise UserError(f"{number} where a finite number is expected (completion {position})")
-    return None if math.isnan(number) else number
+    if abs(value) > _FLOAT32_MAX:
+        raise UserError(f"{value} where a finite number is expected (completion {position})")
+    return None if math.isnan(value) else value
 
 
 def _innermost(function: Any) -> Any:
@@ -270,7 +281,8 @@ def _is_async(function: Any) -> bool:
     return callable(function) and (is_async(function) or is_async(type(function).__call__))
 
 
-def _code(function: Any) -> CodeType | None:
+def code_of(function: Any) -> CodeType | None:
+    """The code object of a function that is written in Python."""
     function = inspect.unwrap(_innermost(function))
     return getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
 

@@ -19,6 +19,7 @@ from slothrl.plan import Batch, Plan, size
 from slothrl.prepare import Prepared, prepare
 from slothrl.probe import PolicyProbe
 from slothrl.report import append_jsonl, draw_curve, read_json, read_jsonl, write_json
+from slothrl.reward_workers import closing_workers
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Summary:
     resume: str | None = None
 
 
+@closing_workers()
 def run(config: Config, output_dir: Path, overrides: Sequence[str] = (), console: Console | None = None) -> Summary:
     """Train as `config` says.
 
@@ -56,7 +58,7 @@ def run(config: Config, output_dir: Path, overrides: Sequence[str] = (), console
 
     start = time.monotonic()
     console = console or Console()
-    prepared = prepare(config)
+    prepared = prepare(config, output_dir)
     arguments = trainer_config(prepared, output_dir)
     checkpoint = find_checkpoint(Path(config.resume)) if config.resume else None
     trainer = build_trainer(prepared, arguments)
@@ -261,9 +263,8 @@ def _say_score(console: Console, prepared: Prepared, when: str, value: float | N
 def _close(trainer, engine: Engine, summary: Summary, console: Console, sft: bool) -> None:
     """Draw the curve, write the summary, say what came out, let the engine go."""
     folder = Path(summary.output_dir)
-    metrics = read_jsonl(folder / "metrics.jsonl")
     curve = folder / ("loss_curve.png" if sft else "reward_curve.png")
-    drawn = draw_curve(metrics, curve, "loss" if sft else "reward")
+    drawn = draw_curve(read_jsonl(folder / "metrics.jsonl"), curve, "loss" if sft else "reward")
     write_json(folder / "summary.json", asdict(summary))
     plan = Plan("interrupted" if summary.resume else "done")
     plan.add("steps", f"{summary.steps} in {summary.train_seconds:.0f} s of training, {summary.seconds:.0f} s in all")

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from slothrl.errors import UserError
+from slothrl.tasks_format import format_questions
+from slothrl.tasks_math import math_problems
 
 Row = dict[str, Any]
 
@@ -111,7 +113,12 @@ def countdown(size: int, seed: int, numbers: int = 3, max_number: int = 20, max_
     return rows
 
 
-TASKS: dict[str, Callable[..., list[Row]]] = {"arithmetic": arithmetic, "countdown": countdown}
+TASKS: dict[str, Callable[..., list[Row]]] = {
+    "arithmetic": arithmetic,
+    "countdown": countdown,
+    "math": math_problems,
+    "format": format_questions,
+}
 
 
 def check_knobs(source: str, task: Iterable[str]) -> None:

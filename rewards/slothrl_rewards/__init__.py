@@ -5,8 +5,14 @@ from .countdown import countdown
 from .exact import exact_match
 from .format import regex_format, tag_format
 from .gsm8k import gsm8k, gsm8k_answer
+from .json_format import json_schema, xml_format
+from .judge import llm_judge
+from .language import language_consistency
 from .length import length_penalty
+from .math_answers import math_answer
 from .number import last_number, number_match
+from .ranges import ranged
+from .repetition import repetition_penalty
 from .text import completion_text
 
 __all__ = [
@@ -16,9 +22,16 @@ __all__ = [
     "exact_match",
     "gsm8k",
     "gsm8k_answer",
+    "json_schema",
+    "language_consistency",
     "last_number",
     "length_penalty",
+    "llm_judge",
+    "math_answer",
     "number_match",
+    "ranged",
     "regex_format",
+    "repetition_penalty",
     "tag_format",
+    "xml_format",
 ]

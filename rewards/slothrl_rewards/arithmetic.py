@@ -6,9 +6,11 @@ from decimal import Decimal
 from typing import Any
 
 from .number import as_number, bare_number, find_numbers
+from .ranges import ranged
 from .text import Completion, completion_text
 
 
+@ranged(0.0, 1.0)
 def arithmetic(
     prompts: list[Any], completions: list[Completion], answer: list[Any], **kwargs: Any
 ) -> list[float | None]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+from .ranges import ranged
 from .text import Completion, completion_text, inside_tag
 
 # Bounds the parser's and our own recursion, and the size of the integers.
@@ -22,6 +23,7 @@ _GLUE = "_^%!"
 _OPERATION = re.compile(r"[0-9)]\s*[-+*/]+\s*[0-9(]")
 
 
+@ranged(0.0, 1.0)
 def countdown(
     prompts: list[Any], completions: list[Completion], numbers: list[Any], target: list[Any], **kwargs: Any
 ) -> list[float | None]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from .ranges import ranged
 from .text import Completion, answer_text, completion_text
 
 
+@ranged(0.0, 1.0)
 def exact_match(
     prompts: list[Any], completions: list[Completion], answer: list[Any], **kwargs: Any
 ) -> list[float | None]:

@@ -6,9 +6,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from .ranges import ranged
 from .text import Completion, completion_text
 
 
+@ranged(0.0, 1.0)
 def regex_format(
     prompts: list[Any], completions: list[Completion], pattern: str | None = None, full: bool = True, **kwargs: Any
 ) -> list[float | None]:
@@ -38,6 +40,7 @@ def regex_format(
     return [float(match(completion_text(completion).strip()) is not None) for completion in completions]
 
 
+@ranged(0.0, 1.0)
 def tag_format(
     prompts: list[Any], completions: list[Completion], tags: Sequence[str] = ("think", "answer"), **kwargs: Any
 ) -> list[float | None]:

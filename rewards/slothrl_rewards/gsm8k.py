@@ -7,6 +7,7 @@ from decimal import Decimal
 from typing import Any
 
 from .number import NUMBER, as_number, last_number, same_number
+from .ranges import ranged
 from .text import Completion, answer_text, completion_text, inside_tag
 
 # Alone on its line: "#### Step 2" is a Markdown heading, not an answer.
@@ -15,6 +16,7 @@ _BOXED = "\\boxed{"
 _BOXED_CHARS = 200
 
 
+@ranged(0.0, 1.0)
 def gsm8k(prompts: list[Any], completions: list[Completion], answer: list[Any], **kwargs: Any) -> list[float | None]:
     r"""Compare the completion's final answer with the right one, as numbers.
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from .ranges import ranged
 from .text import Completion, completion_text
 
 
+@ranged(-1.0, 0.0)
 def length_penalty(
     prompts: list[Any],
     completions: list[Completion],

@@ -6,6 +6,7 @@ import re
 from decimal import Decimal
 from typing import Any
 
+from .ranges import ranged
 from .text import Completion, completion_text
 
 # Longer tokens are no number anybody meant; parsing them would only cost time.
@@ -51,6 +52,7 @@ def as_number(value: Any) -> Decimal | None:
     return last_number(str(value))
 
 
+@ranged(0.0, 1.0)
 def number_match(
     prompts: list[Any], completions: list[Completion], answer: list[Any], tolerance: float = 1e-6, **kwargs: Any
 ) -> list[float | None]:

@@ -14,6 +14,7 @@ from slothrl.checks import set_fields
 from slothrl.errors import UserError
 from slothrl.models import load_model, peft_config
 from slothrl.prepare import Prepared
+from slothrl.reward_isolation import together
 from slothrl.trainer_fields import trainer_fields
 from slothrl.trainers.grpo import GRPOTrainer
 from slothrl.trainers.sft import SFTTrainer
@@ -63,7 +64,7 @@ def build_trainer(prepared: Prepared, arguments: GRPOConfig | SFTConfig) -> GRPO
         if prepared.sft:
             trainer = SFTTrainer(**common, eval_dataset=prepared.eval_loss)
         else:
-            trainer = GRPOTrainer(reward_funcs=list(prepared.rewards), **common)
+            trainer = GRPOTrainer(reward_funcs=together(prepared.rewards), **common)
     except ValueError as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     trainer.remove_callback(PrinterCallback)  # a bar and metrics.jsonl take its place

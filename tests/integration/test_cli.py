@@ -175,10 +175,15 @@ def test_no_chat_template(work, tiny_folders, capsys):
     assert line == f"error: the tokenizer of {tiny_folders['no_chat']} has no chat template: set data.format=plain"
 
 
-def test_a_reward_that_fails_in_the_middle(work, tiny_folders, capsys):
+@pytest.mark.parametrize("isolate", [True, False])
+def test_a_reward_that_fails_in_the_middle(isolate, work, tiny_folders, capsys):
     arguments = ["reward=custom", "reward.functions=[./late.py:late]", "trainer.max_steps=9", "output_dir=run"]
-    (line,) = refused(capsys, tiny(tiny_folders["tiny"], *arguments))
-    assert line == "error: reward late raised RuntimeError: out of ideas (late.py, line 6)"
+    (line,) = refused(capsys, tiny(tiny_folders["tiny"], *arguments, f"reward.isolate={isolate}"))
+    expected = "error: reward late raised RuntimeError: out of ideas (late.py, line 6)"
+    if isolate:  # each of step 3's completions was tried alone
+        expected += "; 8 of the last 28 completions failed (reward.max_failure_rate=0.2); repeat it: python -m "
+        expected += f"slothrl.reward_worker --reproduce {work}/run/reward_failure.json"
+    assert line == expected
     assert len((work / "run" / "metrics.jsonl").read_text().splitlines()) == 2  # what was there stays
 
 
