@@ -79,6 +79,10 @@ class GRPOTrainer(TRLGRPOTrainer):
 
         if not isinstance(self.model, PeftModel):
             raise ValueError("use_vllm=True needs a LoRA adapter (peft_config=...): the LoRA is what slothrl pushes")
+        unsupported = {"vllm_tensor_parallel_size": 1, "vllm_structured_outputs_regex": None}
+        for name, default in unsupported.items():
+            if getattr(self.args, name) != default:
+                raise ValueError(f"{name} is not supported with slothrl's colocated vLLM")
         base: Any = self.model.get_base_model()
         length = self.args.vllm_max_model_length or min(4096, base.config.get_text_config().max_position_embeddings)
         options = VLLMOptions(
@@ -116,6 +120,7 @@ class GRPOTrainer(TRLGRPOTrainer):
             top_k=self.top_k,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
+            extra=self.args.generation_kwargs,
         )
         rollout = self.engine.generate(prompt_ids, sampling)
         return rollout.completion_ids, rollout.sampling_logprobs
