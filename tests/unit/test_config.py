@@ -23,7 +23,7 @@ ON_CUDA = gpu_memory_gb() is not None
 def test_defaults():
     config = compose_config(["gpu=cpu"])
     assert (config.algo.name, config.algo.trainer) == ("grpo", "grpo")
-    assert (config.model.name, config.model.quantization, config.model.lora.r) == ("smollm2", "auto", 16)
+    assert (config.model.name, config.model.quantization, config.model.lora.r) == ("smollm2", "auto", 8)
     assert (config.data.source, config.data.eval_size, config.data.task.digits) == ("arithmetic", 30, 1)
     assert (config.reward.functions, config.reward.score) == (["arithmetic"], "exact_match")
     assert (config.rollout.engine, config.gpu.device, config.logger.report_to) == ("auto", "cpu", [])
