@@ -30,7 +30,7 @@ def test_defaults():
     assert (config.seed, config.output_dir, config.resume) == (0, None, None)
     trainer = set_fields(config.trainer)
     assert trainer["loss_type"] == "grpo"
-    assert trainer["learning_rate"] == 6e-4  # the small model's, over the algorithm's
+    assert trainer["learning_rate"] == 4e-4  # the small model's, over the algorithm's
     assert trainer["max_completion_length"] == 8  # the data's
     assert trainer["per_device_train_batch_size"] == 32  # the device's
     assert "top_p" not in trainer  # nobody set it: TRL's default holds
