@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from slothrl.checks import set_fields
 from slothrl.config import Config
 from slothrl.engine import Engine
 from slothrl.errors import UserError
@@ -173,7 +174,7 @@ def _first_score(prepared: Prepared, trainer, engine: Engine, output_dir: Path, 
 
 
 def _score(prepared: Prepared, trainer, engine: Engine) -> float | None:
-    """The held-out score of the policy as it is now; for SFT the held-out loss goes to metrics.jsonl as well."""
+    """The held-out score of the policy as it is now; what was measured goes to held_out.jsonl."""
     step, output_dir = trainer.state.global_step, Path(trainer.args.output_dir)
     loss = trainer.evaluate()["eval_loss"] if prepared.eval_loss is not None else None
     if loss is not None:
@@ -181,7 +182,8 @@ def _score(prepared: Prepared, trainer, engine: Engine) -> float | None:
     if prepared.score is None:
         return loss
     engine.push_lora()
-    limit = getattr(trainer.args, "max_completion_length", None) or 256
+    # SFTConfig has no such field, but the data presets name it for every algorithm.
+    limit = set_fields(prepared.config.trainer).get("max_completion_length", 256)
     found: HeldOut = held_out(
         engine, prepared.tokenizer, prepared.eval_rows, prepared.score, limit, prepared.chat_template_kwargs
     )
