@@ -113,6 +113,7 @@ class GRPOTrainer(TRLGRPOTrainer):
             )
         if self.state.global_step != self._pushed_step:
             self.push_lora()
+        extra: Any = self.args.generation_kwargs  # a dict by now: TRL parses the string form
         sampling = Sampling(
             max_tokens=self.max_completion_length,
             temperature=self.temperature,
@@ -120,7 +121,7 @@ class GRPOTrainer(TRLGRPOTrainer):
             top_k=self.top_k,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
-            extra=self.args.generation_kwargs,
+            extra=extra,
         )
         rollout = self.engine.generate(prompt_ids, sampling)
         return rollout.completion_ids, rollout.sampling_logprobs
