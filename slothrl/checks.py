@@ -48,6 +48,11 @@ OURS = {
     "reward_weights": "reward.weights=…",
     "report_to": "logger=…",
     "resume_from_checkpoint": "resume=…",
+    "vllm_gpu_memory_utilization": "rollout.gpu_memory_utilization=…",
+    "vllm_max_model_length": "rollout.max_model_len=…",
+    "vllm_mode": "rollout=vllm, which is in this process,",
+    "vllm_tensor_parallel_size": "nothing: one GPU is used; rollout.* has vLLM's knobs;",
+    "vllm_structured_outputs_regex": "reward=… with regex_format",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ class Sampling:
     top_k: int = 0  # 0: no limit
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    extra: Mapping[str, Any] | None = None  # the engine's own keywords (TRL's generation_kwargs); they win
 
 
 @dataclass(frozen=True)
@@ -158,17 +159,12 @@ class TransformersEngine(Engine):
             "repetition_penalty": sampling.repetition_penalty,
             "use_cache": True,
             "disable_compile": True,
+            "do_sample": sampling.temperature > 0,
         }
-        if sampling.temperature == 0:
-            return GenerationConfig(do_sample=False, **common)
-        return GenerationConfig(
-            do_sample=True,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            **common,
-        )
+        if sampling.temperature > 0:
+            names = ("temperature", "top_p", "top_k", "min_p")
+            common.update({name: getattr(sampling, name) for name in names})
+        return GenerationConfig(**{**common, **(sampling.extra or {})})
 
     def _until_end(self, ids: list[int]) -> list[int]:
         for i, token in enumerate(ids):

@@ -10,16 +10,17 @@ from pathlib import Path
 
 from rich.console import Console
 
+from slothrl.checks import set_fields
 from slothrl.config import Config
-from slothrl.engine import Engine, TransformersEngine
+from slothrl.engine import Engine
 from slothrl.errors import UserError
 from slothrl.evaluate import HeldOut, held_out
 from slothrl.models import parameter_bytes
 from slothrl.plan import Batch, Plan, size
 from slothrl.prepare import Prepared, prepare
-from slothrl.probe import PolicyProbe
 from slothrl.report import append_jsonl, draw_curve, read_json, read_jsonl, write_json
 from slothrl.reward_workers import closing_workers
+from slothrl.rollout import attach_engine, base_note
 
 
 @dataclass(frozen=True)
@@ -83,61 +84,6 @@ def run(config: Config, output_dir: Path, overrides: Sequence[str] = (), console
     return summary
 
 
-def attach_engine(prepared: Prepared, trainer, console: Console) -> Engine:
-    """Start the planned engine on the trainer's model, and for vLLM prove that it follows the LoRA."""
-    if prepared.engine.name == "transformers":
-        engine: Engine = TransformersEngine(trainer.model, prepared.tokenizer)
-        if not prepared.sft:
-            trainer.attach(engine)
-        return engine
-    engine = _start_vllm(prepared, trainer)
-    if not prepared.config.rollout.probe:
-        trainer.attach(engine)
-        return engine
-    probe = PolicyProbe(engine, trainer.model, prepared.probe_rows(), bound=_probe_bound(prepared))
-    difference = probe.check()
-    if prepared.config.rollout.probe_bound is None:
-        probe.allow_for(difference)
-    moved, apart = probe.perturbation_test()
-    console.print(
-        f"policy probe: vLLM and the trainer differ by {difference:.4f} nat; a test LoRA moved vLLM by {moved:.2f} nat"
-        f" and left them {apart:.4f} apart"
-    )
-    trainer.attach(engine, probe)
-    return engine
-
-
-def _start_vllm(prepared: Prepared, trainer) -> Engine:
-    from slothrl.vllm_engine import VLLMEngine, VLLMOptions
-
-    config, rollout = prepared.config, prepared.config.rollout
-    options = VLLMOptions(
-        path=prepared.model.path,
-        revision=prepared.model.revision,
-        max_model_len=rollout.max_model_len or config.data.max_prompt_length + trainer.args.max_completion_length,
-        max_num_seqs=trainer.args.generation_batch_size,
-        quantization="bitsandbytes" if prepared.model.quantization == "nf4" else None,
-        dtype=_engine_dtype(prepared),
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
-        kv_cache_gb=rollout.kv_cache_gb,
-        enforce_eager=rollout.enforce_eager,
-        seed=config.seed,
-    )
-    return VLLMEngine(trainer.model, prepared.tokenizer, options)
-
-
-def _engine_dtype(prepared: Prepared) -> str:
-    chosen = prepared.config.rollout.dtype
-    return str(prepared.model.dtype).removeprefix("torch.") if chosen == "auto" else chosen
-
-
-def _probe_bound(prepared: Prepared) -> float:
-    """The bound on the untrained policies: float32 implementations agree to 1e-5 nat, bf16 ones to 0.02 to 0.09."""
-    exact = _engine_dtype(prepared) == "float32" and str(prepared.model.dtype) == "torch.float32"
-    bound = prepared.config.rollout.probe_bound
-    return bound if bound is not None else 0.001 if exact else 0.25
-
-
 # --- the plan -------------------------------------------------------------------------------------------------------
 
 
@@ -157,7 +103,7 @@ def describe(prepared: Prepared, trainer, output_dir: Path) -> Plan:
     steps = args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     plan.add("steps", f"{steps}, lr {args.learning_rate:g}")
     if not prepared.sft:
-        plan.add("engine", f"{prepared.engine.name} ({prepared.engine.reason})")
+        plan.add("engine", f"{prepared.engine.name} ({prepared.engine.reason}){base_note(prepared)}")
         for reward in prepared.rewards:
             plan.add("reward", f"{reward.name} x {reward.weight:g} ({reward.source})")
     if prepared.score is not None:
@@ -230,7 +176,7 @@ def _first_score(prepared: Prepared, trainer, engine: Engine, output_dir: Path, 
 
 
 def _score(prepared: Prepared, trainer, engine: Engine) -> float | None:
-    """The held-out score of the policy as it is now; for SFT the held-out loss goes to metrics.jsonl as well."""
+    """The held-out score of the policy as it is now; what was measured goes to held_out.jsonl."""
     step, output_dir = trainer.state.global_step, Path(trainer.args.output_dir)
     loss = trainer.evaluate()["eval_loss"] if prepared.eval_loss is not None else None
     if loss is not None:
@@ -238,7 +184,8 @@ def _score(prepared: Prepared, trainer, engine: Engine) -> float | None:
     if prepared.score is None:
         return loss
     engine.push_lora()
-    limit = getattr(trainer.args, "max_completion_length", None) or 256
+    # SFTConfig has no such field, but the data presets name it for every algorithm.
+    limit = set_fields(prepared.config.trainer).get("max_completion_length", 256)
     found: HeldOut = held_out(
         engine, prepared.tokenizer, prepared.eval_rows, prepared.score, limit, prepared.chat_template_kwargs
     )

@@ -100,18 +100,19 @@ class VLLMEngine(Engine):
     def generate(self, prompt_ids: Sequence[TokenIds], sampling: Sampling) -> Rollout:
         from vllm import SamplingParams
 
-        parameters = SamplingParams(
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p or 0.0,
-            repetition_penalty=sampling.repetition_penalty,
-            logprobs=0,  # the sampled token's only
-            detokenize=False,
-            stop_token_ids=self.eos_token_ids,
-        )
-        outputs = [output.outputs[0] for output in self._run(prompt_ids, parameters)]
+        parameters = {
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p or 0.0,
+            "repetition_penalty": sampling.repetition_penalty,
+            "logprobs": 0,  # the sampled token's only
+            "detokenize": False,
+            "stop_token_ids": self.eos_token_ids,
+            **(sampling.extra or {}),
+        }
+        outputs = [output.outputs[0] for output in self._run(prompt_ids, SamplingParams(**parameters))]
         logprobs = [
             [entry[token].logprob for token, entry in zip(out.token_ids, out.logprobs, strict=True)] for out in outputs
         ]

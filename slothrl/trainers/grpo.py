@@ -79,6 +79,10 @@ class GRPOTrainer(TRLGRPOTrainer):
 
         if not isinstance(self.model, PeftModel):
             raise ValueError("use_vllm=True needs a LoRA adapter (peft_config=...): the LoRA is what slothrl pushes")
+        unsupported = {"vllm_tensor_parallel_size": 1, "vllm_structured_outputs_regex": None}
+        for name, default in unsupported.items():
+            if getattr(self.args, name) != default:
+                raise ValueError(f"{name} is not supported with slothrl's colocated vLLM")
         base: Any = self.model.get_base_model()
         length = self.args.vllm_max_model_length or min(4096, base.config.get_text_config().max_position_embeddings)
         options = VLLMOptions(
@@ -109,6 +113,7 @@ class GRPOTrainer(TRLGRPOTrainer):
             )
         if self.state.global_step != self._pushed_step:
             self.push_lora()
+        extra: Any = self.args.generation_kwargs  # a dict by now: TRL parses the string form
         sampling = Sampling(
             max_tokens=self.max_completion_length,
             temperature=self.temperature,
@@ -116,6 +121,7 @@ class GRPOTrainer(TRLGRPOTrainer):
             top_k=self.top_k,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
+            extra=extra,
         )
         rollout = self.engine.generate(prompt_ids, sampling)
         return rollout.completion_ids, rollout.sampling_logprobs

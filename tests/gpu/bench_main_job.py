@@ -23,9 +23,11 @@ PACKAGES = ("torch", "vllm", "bitsandbytes", "trl", "transformers", "peft")
 COLUMNS = "job, base, score, steps, before, after, reward of the first 5 steps, of the last 5, ratio, probe, train s"
 COMMON = """rollout=vllm rollout.gpu_memory_utilization=0.1 logger.samples=3 logger.samples_every=25
     logger.progress=false"""
-HALF_BILLION = "model=hub trainer.learning_rate=1e-4 trainer.lr_scheduler_type=linear"
+HALF_BILLION = "model=hub trainer.learning_rate=1e-4 trainer.lr_scheduler_type=linear trainer.warmup_steps=2"
 JOBS = {
-    "smollm2": "trainer.max_steps=60 rollout.enforce_eager=true rollout.kv_cache_gb=2",
+    "smollm2": """model.lora.r=16 model.lora.lora_alpha=32 trainer.learning_rate=6e-4 trainer.warmup_steps=2
+        trainer.lr_scheduler_type=constant_with_warmup trainer.max_steps=60
+        rollout.enforce_eager=true rollout.kv_cache_gb=2""",
     "arithmetic": f"""{HALF_BILLION} data=arithmetic data.task.digits=3 data.task.min_digits=2
         data.task.operations=['+','*'] data.train_size=2000 data.eval_size=200 trainer.max_steps=60
         trainer.max_completion_length=16 rollout.enforce_eager=true rollout.kv_cache_gb=3""",

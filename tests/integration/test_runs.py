@@ -204,3 +204,15 @@ def test_interrupt_and_go_on(work, overlay, tiny_folders):
     final = read(work / "run" / "summary.json")
     assert (final["steps"], final["before"], final["resume"]) == (stopped + 3, summary["before"], None)
     assert final["after"] is not None
+
+
+def test_trackers_get_the_metrics(work, tiny_folders):
+    """TRL's report_to, with the one tracker that needs no server."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main(tiny(tiny_folders["tiny"], *GRPO, "output_dir=run", "logger=tensorboard")) == 0
+    (events,) = (work / "run").rglob("events.out.tfevents*")
+    found = EventAccumulator(str(events))
+    found.Reload()
+    logged = [line["reward"] for line in lines(work / "run" / "metrics.jsonl") if "reward" in line]
+    assert [scalar.value for scalar in found.Scalars("train/reward")] == pytest.approx(logged)

@@ -23,14 +23,14 @@ ON_CUDA = gpu_memory_gb() is not None
 def test_defaults():
     config = compose_config(["gpu=cpu"])
     assert (config.algo.name, config.algo.trainer) == ("grpo", "grpo")
-    assert (config.model.name, config.model.quantization, config.model.lora.r) == ("smollm2", "auto", 16)
+    assert (config.model.name, config.model.quantization, config.model.lora.r) == ("smollm2", "auto", 8)
     assert (config.data.source, config.data.eval_size, config.data.task.digits) == ("arithmetic", 30, 1)
     assert (config.reward.functions, config.reward.score) == (["arithmetic"], "exact_match")
     assert (config.rollout.engine, config.gpu.device, config.logger.report_to) == ("auto", "cpu", [])
     assert (config.seed, config.output_dir, config.resume) == (0, None, None)
     trainer = set_fields(config.trainer)
     assert trainer["loss_type"] == "grpo"
-    assert trainer["learning_rate"] == 6e-4  # the small model's, over the algorithm's
+    assert trainer["learning_rate"] == 4e-4  # the small model's, over the algorithm's
     assert trainer["max_completion_length"] == 8  # the data's
     assert trainer["per_device_train_batch_size"] == 32  # the device's
     assert "top_p" not in trainer  # nobody set it: TRL's default holds

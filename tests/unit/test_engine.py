@@ -1,0 +1,63 @@
+"""transformers' generate behind the Engine interface."""
+
+import pytest
+import torch
+
+from slothrl.engine import Sampling, TransformersEngine, model_logprobs
+from tests.helpers import tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def parts():
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(len(tokenizer))
+    return TransformersEngine(model, tokenizer), model, tokenizer
+
+
+def test_greedy_takes_the_likeliest_token_whatever_stands_beside(parts):
+    engine, model, tokenizer = parts
+    prompts = [tokenizer(text)["input_ids"] for text in ("abc", "a much longer prompt")]
+    found = engine.generate(prompts, Sampling(max_tokens=4, temperature=0.0)).completion_ids
+    for prompt, completion in zip(prompts, found, strict=True):
+        ids = list(prompt)
+        for token in completion:
+            with torch.no_grad():
+                assert token == model(torch.tensor([ids])).logits[0, -1].argmax().item()
+            ids.append(token)
+
+
+def test_a_completion_ends_with_its_end_token(parts):
+    engine, _, tokenizer = parts
+    always = {"suppress_tokens": [i for i in range(len(tokenizer)) if i != tokenizer.eos_token_id]}
+    found = engine.generate([[5, 6]], Sampling(max_tokens=4, extra=always)).completion_ids
+    assert found == [[tokenizer.eos_token_id]]  # and TRL's generation_kwargs reach the engine
+
+
+def test_sampling_follows_the_distribution(parts):
+    engine, model, tokenizer = parts
+    prompt = tokenizer("xyz")["input_ids"]
+    with torch.no_grad():
+        expected = model(torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    torch.manual_seed(0)
+    first = [ids[0] for ids in engine.generate([prompt] * 4000, Sampling(max_tokens=1)).completion_ids]
+    counted = torch.bincount(torch.tensor(first), minlength=len(expected)) / len(first)
+    assert (counted - expected).abs().sum() / 2 < 0.1  # total variation
+
+
+def test_generating_leaves_the_training_mode_alone(parts):
+    engine, model, _ = parts
+    model.train()
+    rollout = engine.generate([[5, 6]], Sampling(max_tokens=2))
+    assert model.training
+    assert rollout.sampling_logprobs is None
+    model.eval()
+
+
+def test_model_logprobs_are_of_the_following_tokens(parts):
+    _, model, _ = parts
+    rows = [[5, 6, 7, 8], [9, 10]]
+    found = model_logprobs(model, rows)
+    assert [len(row) for row in found] == [3, 1]
+    with torch.no_grad():
+        expected = model(torch.tensor([rows[0]])).logits[0].log_softmax(-1)
+    assert torch.allclose(found[0], torch.stack([expected[i, rows[0][i + 1]] for i in range(3)]), atol=1e-6)
