@@ -45,7 +45,7 @@ def test_base_models_agree(parts):
 def test_lora_reaches_vllm(parts):
     engine, model, _, rows = parts
     moved, apart = PolicyProbe(engine, model, rows, bound=EXACT).perturbation_test()
-    assert moved > 0.3
+    assert moved >= 0.1  # the test change grows until it moves this much
     assert apart < EXACT
 
 
