@@ -28,6 +28,7 @@ CHOICES = {
     "model.quantization": ("auto", "nf4", "int8", "none"),
     "model.dtype": ("auto", "bfloat16", "float16", "float32"),
     "rollout.engine": ("auto", "vllm", "transformers"),
+    "rollout.share_base": ("auto", "always", "never"),
     "rollout.dtype": ("auto", "bfloat16", "float16", "float32"),
     "gpu.device": ("cpu", "cuda"),
     "reward.on_failure": ("mask", "zero", "abort"),

@@ -74,9 +74,13 @@ class RolloutConfig:
     kv_cache_gb: float | None = None  # KV cache in GiB; default: what gpu_memory_utilization leaves, 1 on a CPU
     max_model_len: int | None = None  # tokens; default: prompt + completion
     enforce_eager: bool = False  # no CUDA graphs
+    share_base: str = "auto"  # one copy of the base for vLLM and the trainer: auto, always (or refuse), never
+    sleep: bool = True  # vLLM gives up its KV cache while the trainer works (GPU)
     dtype: str = "auto"  # vLLM's compute dtype; auto: the trainer's
     probe: bool = True  # policy-identity probe after each LoRA push
-    probe_bound: float | None = None  # nats, mean absolute; default 0.001 where both sides are float32, else 0.15
+    probe_bound: float | None = (
+        None  # nats, mean absolute; default 0.001 where both sides are float32, else what the start shows
+    )
 
 
 @dataclass

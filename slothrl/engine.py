@@ -58,7 +58,17 @@ class Engine(ABC):
     def logprobs(self, token_ids: Sequence[TokenIds]) -> list[torch.Tensor]:
         """Log-probabilities (nats, temperature 1) of tokens 1.. of each row as the engine's model sees them."""
 
-    def close(self) -> None:  # noqa: B027 - most engines hold nothing
+    def sleep(self) -> None:  # noqa: B027 - most engines hold nothing
+        """Free what only generating needs; whatever needs the engine next wakes it by itself."""
+
+    def wake(self) -> None:  # noqa: B027
+        """Undo `sleep`; nothing where the engine is awake."""
+
+    def holdings(self) -> dict[str, int]:
+        """Device memory (bytes) the engine holds beside the base, by what it is for."""
+        return {}
+
+    def close(self) -> None:  # noqa: B027
         """Free what the engine holds."""
 
 

@@ -19,3 +19,7 @@ class ConfigError(UserError):
 
 class PolicyMismatchError(UserError):
     """The engine samples from another policy than the one being trained."""
+
+
+class NotShareableError(UserError):
+    """vLLM holds a base model in a form that transformers cannot be laid over; the message says which part and why."""

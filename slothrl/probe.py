@@ -11,10 +11,11 @@ import torch
 
 from slothrl.engine import Engine, TokenIds, model_logprobs
 from slothrl.errors import PolicyMismatchError
-from slothrl.vllm_compat import lora_layers
+from slothrl.lora_slot import lora_layers, lora_shape
 
 # Standard deviations of a test change to B.
-PERTURBATIONS = (0.003, 0.01, 0.03, 0.1, 0.3)
+PERTURBATIONS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+SHORT = 24  # tokens of the row on which each kind of projection is tested alone
 
 
 @dataclass
@@ -34,9 +35,13 @@ class PolicyProbe:
     bound: float = 0.15
     last_difference: float = field(default=math.nan, init=False)
 
-    def check(self) -> float:
-        """The mean absolute difference (nats). Raises `PolicyMismatchError` above the bound."""
-        difference = mean_difference(self.engine.logprobs(self.token_ids), model_logprobs(self.model, self.token_ids))
+    def check(self, rows: int | None = None) -> float:
+        """The mean absolute difference (nats) on the first `rows` rows, default all.
+
+        Raises `PolicyMismatchError` above the bound.
+        """
+        token_ids = self.token_ids[:rows]
+        difference = mean_difference(self.engine.logprobs(token_ids), model_logprobs(self.model, token_ids))
         self.last_difference = difference
         if not difference <= self.bound:  # NaN fails too
             raise PolicyMismatchError(
@@ -57,31 +62,53 @@ class PolicyProbe:
     def perturbation_test(self) -> tuple[float, float]:
         """Change the adapter until its effect stands clear of rounding, require the engine to follow, and put it back.
 
+        First all projections together, then each kind of projection alone, so that one that never arrives is found
+        among those that do.
+
         Returns:
-            (how far the engine's log-probs moved, how far they then were from the model's), mean absolute nats.
+            (how far the engine's log-probs moved with all, how far they then were from the model's), mean absolute nats.
         Raises:
-            PolicyMismatchError: the engine ignored the adapter, or followed it to another place.
+            PolicyMismatchError: the engine ignored the adapter or a part of it, or followed it to another place.
         """
-        before = self.engine.logprobs(self.token_ids)
-        enough = max(0.1, 6 * mean_difference(before, model_logprobs(self.model, self.token_ids)))
-        moved = apart = 0.0
-        # From small to large: one size would not move a small model and throw a large one into noise.
-        for scale in PERTURBATIONS:
-            with perturbed_lora(self.model, scale):
-                self.engine.push_lora()
-                after = self.engine.logprobs(self.token_ids)
-                moved = mean_difference(after, before)
-                apart = mean_difference(after, model_logprobs(self.model, self.token_ids))
-            if moved >= enough:
-                break
+        moved, apart, scale = self._perturb(self.token_ids, PERTURBATIONS)
+        self._require_followed(moved, apart, "a test change")
+        row = [max(self.token_ids, key=len)[:SHORT]]
+        # One kind alone moves less than all do together.
+        larger = [size for size in PERTURBATIONS if size >= scale]
+        for name in lora_shape(self.model).targets:
+            one_moved, one_apart, _ = self._perturb(row, larger, name)
+            self._require_followed(one_moved, one_apart, f"a test change of {name} alone", share=1 / 2)
         self.engine.push_lora()
+        return moved, apart
+
+    def _perturb(self, rows: Sequence[TokenIds], scales: Sequence[float], only: str | None = None):
+        """(moved, apart, scale) at the first of `scales` that moves the model clear of rounding, or the last."""
+        before = model_logprobs(self.model, rows)
+        engine_before = self.engine.logprobs(rows)
+        # A short row may agree by luck.
+        noise = [mean_difference(before, engine_before), self.last_difference]
+        enough = max(0.1, *(8 * value for value in noise if not math.isnan(value)))
+        moved = apart = scale = 0.0
+        # From small to large: one size would not move a small model and throw a large one into noise.
+        for scale in scales:
+            with perturbed_lora(self.model, scale, only):
+                after = model_logprobs(self.model, rows)
+                if mean_difference(after, before) < enough and scale != scales[-1]:
+                    continue
+                self.engine.push_lora()
+                engine_after = self.engine.logprobs(rows)
+            moved, apart = mean_difference(engine_after, engine_before), mean_difference(engine_after, after)
+            break
+        self.engine.push_lora()
+        return moved, apart, scale
+
+    def _require_followed(self, moved: float, apart: float, what: str, share: float = 1 / 3) -> None:
         # Both conditions: an engine that ignores the adapter agrees with itself, one that misplaces it moves.
-        if moved < enough or apart > moved / 3:
+        if moved < 0.05 or apart > moved * share:
             raise PolicyMismatchError(
-                f"the {self.engine.name} engine does not follow the LoRA: a test change moved its log-probs by "
+                f"the {self.engine.name} engine does not follow the LoRA: {what} moved its log-probs by "
                 f"{moved:.3f} nat and left them {apart:.3f} nat from the trained model's"
             )
-        return moved, apart
 
 
 def mean_difference(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> float:
@@ -90,9 +117,15 @@ def mean_difference(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor])
 
 
 @contextmanager
-def perturbed_lora(model, scale: float):
-    """Put a fixed random change into every B of the adapter, and take it out again exactly."""
-    weights = [layer.lora_B["default"].weight for layer in lora_layers(model).values()]
+def perturbed_lora(model, scale: float, only: str | None = None):
+    """Put a fixed random change into every B of the adapter, and take it out again exactly.
+
+    Args:
+        scale: its standard deviation.
+        only: the projection to change ("k_proj"), in every layer; default all.
+    """
+    layers = lora_layers(model).items()
+    weights = [x.lora_B["default"].weight for name, x in layers if only in (None, name.rsplit(".", 1)[-1])]
     kept = [weight.detach().clone() for weight in weights]
     generator = torch.Generator().manual_seed(0)
     try:

@@ -1,22 +1,90 @@
-"""Starting the engine that a run planned, on the trainer's model, and proving that it follows the LoRA."""
+"""The base model and the engine of a run: one copy of the weights for both where that is possible."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+from peft import get_peft_model
 from rich.console import Console
 
 from slothrl.engine import Engine, TransformersEngine
+from slothrl.errors import NotShareableError, UserError
+from slothrl.models import load_model, parameter_bytes, peft_config
+from slothrl.plan import size
 from slothrl.prepare import Prepared
 from slothrl.probe import PolicyProbe
 
 
-def attach_engine(prepared: Prepared, trainer, console: Console) -> Engine:
-    """Start the planned engine on the trainer's model, and for vLLM prove that it follows the LoRA."""
-    if prepared.engine.name == "transformers":
+@dataclass(frozen=True)
+class Base:
+    """What a run starts from.
+
+    Attributes:
+        model: the base for the trainer, without an adapter yet.
+        engine: vLLM, started; None where transformers generates.
+        shared: the tie between the two; None where each has weights of its own.
+        note: for the plan: who holds the base, and why twice where it is twice.
+    """
+
+    model: Any
+    engine: Any = None
+    shared: Any = None
+    note: str = ""
+
+
+def open_base(prepared: Prepared, arguments: Any) -> Base:
+    """Start vLLM where it is planned, and lay the trainer's model over its weights, or load one.
+
+    Args:
+        arguments: TRL's config, whose batch and lengths size the engine.
+    Raises:
+        UserError: vLLM or transformers cannot load the model, or it cannot be shared and
+            `rollout.share_base=always` asks for that.
+    """
+    plan, device, wish = prepared.model, prepared.config.gpu.device, prepared.config.rollout.share_base
+    if prepared.engine.name != "vllm":
+        model = load_model(plan, device)
+        return Base(model, note=f"{size(parameter_bytes(model)[0])}, once")
+    from slothrl.shared_model import SharedModel, empty_model
+    from slothrl.vllm_compat import keep_plain, making_models
+
+    options = {"attn_implementation": plan.attn_implementation} if plan.attn_implementation else {}
+    empty = empty_model(plan.path, plan.dtype, plan.revision, **options)
+    engine = _start_vllm(prepared, arguments)
+    try:
+        _check_formats(prepared, wish)
+        shared = SharedModel(engine.vllm_model, empty, plan.revision)
+        return Base(shared.model, engine, shared, f"{size(shared.base_bytes)}, once: vLLM's and the trainer's are one")
+    except NotShareableError as error:
+        if wish == "always":
+            raise UserError(f"rollout.share_base=always: {error}") from error
+        with making_models(engine.llm):
+            model = load_model(plan, device)
+        keep_plain(model)
+        return Base(model, engine, note=f"twice, {size(parameter_bytes(model)[0])} more for the trainer's: {error}")
+
+
+def _check_formats(prepared: Prepared, wish: str) -> None:
+    """Raise `NotShareableError` where the two sides are not meant to hold the same bytes."""
+    if wish == "never":
+        raise NotShareableError("rollout.share_base=never")
+    if prepared.model.quantization == "int8":
+        raise NotShareableError("vLLM has no LLM.int8 to load into; it holds what it samples from unquantised")
+    if engine_dtype(prepared) != (kept := str(prepared.model.dtype).removeprefix("torch.")):
+        raise NotShareableError(f"rollout.dtype={engine_dtype(prepared)} is not the trainer's {kept}")
+
+
+def attach_engine(prepared: Prepared, trainer, base: Base, console: Console) -> Engine:
+    """Give the trainer its engine; for vLLM prove that it follows the LoRA and that the base is still one."""
+    if base.engine is None:
         engine: Engine = TransformersEngine(trainer.model, prepared.tokenizer)
         if not prepared.sft:
             trainer.attach(engine)
         return engine
-    engine = _start_vllm(prepared, trainer)
+    engine = base.engine.follow(trainer.model, prepared.tokenizer)
+    if base.shared is not None:
+        base.shared.verify(trainer.model)
     if not prepared.config.rollout.probe:
         trainer.attach(engine)
         return engine
@@ -33,23 +101,30 @@ def attach_engine(prepared: Prepared, trainer, console: Console) -> Engine:
     return engine
 
 
-def _start_vllm(prepared: Prepared, trainer) -> Engine:
+def _start_vllm(prepared: Prepared, arguments: Any):
+    """vLLM for the adapter that the trainer will make, whose shape PEFT itself tells from a model without weights."""
+    from slothrl.lora_slot import check_adapter, lora_shape
+    from slothrl.shared_model import empty_model
     from slothrl.vllm_engine import VLLMEngine, VLLMOptions
 
     config, rollout = prepared.config, prepared.config.rollout
+    adapter = peft_config(config.model.lora)
+    check_adapter(adapter)
+    outline = empty_model(prepared.model.path, prepared.model.dtype, prepared.model.revision)
     options = VLLMOptions(
         path=prepared.model.path,
         revision=prepared.model.revision,
-        max_model_len=rollout.max_model_len or config.data.max_prompt_length + trainer.args.max_completion_length,
-        max_num_seqs=trainer.args.generation_batch_size,
+        max_model_len=rollout.max_model_len or config.data.max_prompt_length + arguments.max_completion_length,
+        max_num_seqs=arguments.generation_batch_size,
         quantization="bitsandbytes" if prepared.model.quantization == "nf4" else None,
         dtype=engine_dtype(prepared),
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         kv_cache_gb=rollout.kv_cache_gb,
         enforce_eager=rollout.enforce_eager,
+        sleep=rollout.sleep,
         seed=config.seed,
     )
-    return VLLMEngine(trainer.model, prepared.tokenizer, options)
+    return VLLMEngine(options, lora_shape(get_peft_model(outline, adapter, low_cpu_mem_usage=True)))
 
 
 def engine_dtype(prepared: Prepared) -> str:
@@ -62,14 +137,3 @@ def _probe_bound(prepared: Prepared) -> float:
     exact = engine_dtype(prepared) == "float32" and str(prepared.model.dtype) == "torch.float32"
     bound = prepared.config.rollout.probe_bound
     return bound if bound is not None else 0.001 if exact else 0.25
-
-
-def base_note(prepared: Prepared) -> str:
-    """vLLM holds weights of its own so far, and not always in the trainer's format."""
-    if prepared.engine.name != "vllm":
-        return ""
-    trained, kept = prepared.model.quantization, engine_dtype(prepared)
-    own = trained if trained in ("nf4", "checkpoint") else kept
-    note = f"; a second copy of the base in {own}"
-    # LLM.int8 has no counterpart there: rollouts come from a slightly other policy, which the probe and the ratio see.
-    return f"{note}, the trained one is int8" if trained == "int8" else note

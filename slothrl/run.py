@@ -15,12 +15,13 @@ from slothrl.config import Config
 from slothrl.engine import Engine
 from slothrl.errors import UserError
 from slothrl.evaluate import HeldOut, held_out
+from slothrl.memory_phases import phase_table
 from slothrl.models import parameter_bytes
 from slothrl.plan import Batch, Plan, size
 from slothrl.prepare import Prepared, prepare
 from slothrl.report import append_jsonl, draw_curve, read_json, read_jsonl, write_json
 from slothrl.reward_workers import closing_workers
-from slothrl.rollout import attach_engine, base_note
+from slothrl.rollout import Base, attach_engine, open_base
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,10 @@ def run(config: Config, output_dir: Path, overrides: Sequence[str] = (), console
     prepared = prepare(config, output_dir)
     arguments = trainer_config(prepared, output_dir)
     checkpoint = find_checkpoint(Path(config.resume)) if config.resume else None
-    trainer = build_trainer(prepared, arguments)
-    describe(prepared, trainer, output_dir).show(console)
-    engine = attach_engine(prepared, trainer, console)
+    base = open_base(prepared, arguments)
+    trainer = build_trainer(prepared, arguments, base.model)
+    describe(prepared, trainer, base, output_dir).show(console)
+    engine = attach_engine(prepared, trainer, base, console)
     before = _first_score(prepared, trainer, engine, output_dir, resumed=checkpoint is not None)
     _say_score(console, prepared, "before", before)
     stopped, train_seconds = _train(trainer, prepared, output_dir, checkpoint, console)
@@ -87,14 +89,15 @@ def run(config: Config, output_dir: Path, overrides: Sequence[str] = (), console
 # --- the plan -------------------------------------------------------------------------------------------------------
 
 
-def describe(prepared: Prepared, trainer, output_dir: Path) -> Plan:
-    """The plan table of a run whose model is loaded and whose engine is not."""
+def describe(prepared: Prepared, trainer, base: Base, output_dir: Path) -> Plan:
+    """The plan table of a run whose model is loaded, before anything is generated."""
     config, args, model = prepared.config, trainer.args, prepared.model
     weights, trainable, count = parameter_bytes(trainer.model)
     plan = Plan(f"slothrl: {config.algo.name}")
     plan.add("model", f"{model.title}, {count / 1e6:,.1f}M parameters, {size(weights)} in memory")
     quantization = "not quantised" if model.quantization == "none" else model.quantization
     plan.add("weights", f"{quantization}, {str(model.dtype).removeprefix('torch.')}, on {config.gpu.device}")
+    plan.add("base", base.note)
     lora = config.model.lora
     adapter = f"{trainable / 1e6:.2f}M trainable, {size(trainable * 4)} in float32"
     plan.add("LoRA", f"r={lora.r}, alpha={lora.lora_alpha}, {adapter}")
@@ -103,7 +106,7 @@ def describe(prepared: Prepared, trainer, output_dir: Path) -> Plan:
     steps = args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     plan.add("steps", f"{steps}, lr {args.learning_rate:g}")
     if not prepared.sft:
-        plan.add("engine", f"{prepared.engine.name} ({prepared.engine.reason}){base_note(prepared)}")
+        plan.add("engine", f"{prepared.engine.name} ({prepared.engine.reason})")
         for reward in prepared.rewards:
             plan.add("reward", f"{reward.name} x {reward.weight:g} ({reward.source})")
     if prepared.score is not None:
@@ -155,8 +158,20 @@ def _train(
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - start
+    _show_memory(trainer, output_dir, console)
     trainer.save_model(str(output_dir / "adapter"))
     return interrupt.asked, seconds
+
+
+def _show_memory(trainer, output_dir: Path, console: Console) -> None:
+    """Who held what in each phase: to memory.json, and on a GPU to the console too."""
+    memory = getattr(trainer, "memory", None)
+    if memory is None:
+        return
+    memory.end()
+    write_json(output_dir / "memory.json", memory.rows())
+    if memory.cuda:
+        console.print(f"memory by phase\n{phase_table(memory.rows())}", highlight=False)
 
 
 def _metric(prepared: Prepared) -> str | None:

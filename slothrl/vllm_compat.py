@@ -1,20 +1,27 @@
 """Everything that depends on vLLM's version or internals, each with its bound and the test that covers it.
 
-Features are probed, versions not compared. Nothing here changes vLLM: it reads its objects and writes into the LoRA
-buffers that vLLM made for an adapter of ours.
+Features are probed, versions not compared. Nothing here changes vLLM's code: it reads its objects, writes into the LoRA
+buffers that vLLM made for an adapter of ours, and hands it a worker class through the argument made for that.
 
-| piece | seen working with | upstream | test in tests/integration/test_vllm_engine.py |
+| piece | seen working with | upstream | contract test |
 |---|---|---|---|
-| in-process engine, `ENVIRONMENT` | 0.26, 0.31 | documented variables | all of them |
+| in-process engine, `ENVIRONMENT` | 0.26, 0.31 | documented variables | all of tests/integration/test_vllm_engine.py |
 | adapter registered from tensors | 0.26, 0.31 | no public tensor path | `test_lora_reaches_vllm` |
 | stacked LoRA buffers written in place | 0.26, 0.31 | no public tensor path | `test_push_in_place` |
+| base weights read where they lie (`vllm_layout`) | 0.26, 0.31 | no public layout | tests/integration/test_shared_model.py |
+| `KVOnlyWorker`, sleep without the weights | 0.26 (GPU) | sleep takes weights and block tables along, #53343 | \
+`test_sleep_frees_the_cache_only` |
+| `release_kv_cache_memory` instead, where there is one | not run: GPU builds from 0.28 on | public | the same test |
+| transformers' classes rewritten by vLLM's transformers backend | 0.26, 0.31 | `support_torch_compile` on them | \
+`test_nf4_families[smollm3]` |
+| vLLM's stream (`OwnStream`) | 0.26 (GPU) | it moves the calling thread to a stream of its own | `test_streams` |
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -31,7 +38,6 @@ ENVIRONMENT = {
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it compiles at first use, which needs a CUDA toolkit
 }
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's LoRA kernels take as max_lora_rank
-PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 ADAPTER_ID = 1
 
 
@@ -55,104 +61,218 @@ def max_lora_rank(rank: int) -> int:
     )
 
 
-def lora_layers(model) -> dict[str, Any]:
-    """PEFT's LoRA layers by the base model's own module names ("model.layers.0.self_attn.q_proj")."""
-    base = model.get_base_model()
-    return {name: m for name, m in base.named_modules() if hasattr(m, "lora_A") and "default" in m.lora_A}
+# --- our adapter ----------------------------------------------------------------------------------------------------
 
 
-def check_adapter(model) -> None:
-    """Raise `UserError` with the reason where an adapter cannot be pushed into vLLM's buffers."""
-    config = model.peft_config["default"]
-    for unsupported, value in {
-        "use_dora": getattr(config, "use_dora", False),
-        "bias": getattr(config, "bias", "none") != "none",
-        "modules_to_save": getattr(config, "modules_to_save", None),
-    }.items():
-        if value:
-            raise UserError(f"LoRA with {unsupported} cannot reach vLLM: turn it off or use rollout=transformers")
+def register_adapter(llm, tensors: dict[str, torch.Tensor], rank: int, alpha: float, targets: Sequence[str]) -> None:
+    """Make an adapter known to vLLM from tensors (named as PEFT saves them), in the one place it keeps for adapters."""
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    helper = PEFTHelper.from_dict({"r": rank, "lora_alpha": alpha, "target_modules": list(targets)})
+    dtype = llm.llm_engine.vllm_config.model_config.dtype
+    device = next(iter(tensors.values())).device
+    # Clones: vLLM multiplies B by the scaling in place.
+    copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    manager = model_of(llm).lora_manager
+    manager.add_adapter(LoRAModel.from_lora_tensors(ADAPTER_ID, copies, helper, device=str(device), dtype=dtype))
+    manager.activate_adapter(ADAPTER_ID)
+    manager.pin_adapter(ADAPTER_ID)
 
 
-@dataclass(frozen=True)
-class Buffer:
-    """One projection: the views inside vLLM's stacked buffers and the trainer's parameters that fill them."""
-
-    a_into: torch.Tensor  # (r, in)
-    a_from: torch.Tensor  # (r, in)
-    b_into: torch.Tensor  # (out, r)
-    b_from: torch.Tensor  # (out, r)
-    scaling: float
+def adapter_in_place(llm, index: int | None = None) -> int:
+    """The row of the stacked buffers that is our adapter's. Raises `RuntimeError` where it is no longer `index`."""
+    rows = model_of(llm).lora_manager.lora_index_to_id
+    if ADAPTER_ID not in rows or (index is not None and rows[index] != ADAPTER_ID):
+        raise RuntimeError("vLLM moved the adapter out of its place, or dropped it")
+    return rows.index(ADAPTER_ID)
 
 
-class LoraSlot:
-    """Our adapter inside a running vLLM: registered once, then rewritten in place (CUDA graphs keep its pointers).
+def lora_buffers(llm, index: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Views of row `index` of vLLM's stacked buffers by projection: A (max rank, in) and B (out, max rank)."""
+    manager, found = model_of(llm).lora_manager, {}
+    for name, module in manager.modules.items():
+        for i, part in enumerate(manager.packed_modules.get(name, (name,))):
+            found[part] = (module.lora_a_stacked[i][index, 0], module.lora_b_stacked[i][index, 0])
+    return found
 
-    Args:
-        llm: a `vllm.LLM` in this process, started with LoRA for the adapter's rank and target modules.
-        model: the PEFT model whose "default" adapter is mirrored.
-    Raises:
-        UserError: a projection of the adapter has no counterpart in vLLM, or the adapter is of an unsupported kind.
+
+def lora_buffer_bytes(llm) -> int:
+    """What the stacked buffers take, the padding to vLLM's ranks included."""
+    modules = model_of(llm).lora_manager.modules.values()
+    return sum(tensor.nbytes for module in modules for tensor in (*module.lora_a_stacked, *module.lora_b_stacked))
+
+
+# --- sleeping -------------------------------------------------------------------------------------------------------
+
+
+def sleep_arguments() -> dict[str, Any]:
+    """Arguments of `vllm.LLM` for an engine whose KV cache alone can be freed and given back."""
+    import vllm
+
+    if not torch.cuda.is_available():
+        return {}
+    if hasattr(vllm.LLM, "release_kv_cache_memory"):
+        return {"enable_sleep_mode": True}
+    return {"enable_sleep_mode": True, "worker_cls": "slothrl.vllm_compat.KVOnlyWorker"}
+
+
+def sleep(llm) -> None:
+    """Free the KV cache, and with it the prefix cache; the weights stay where they are."""
+    if hasattr(llm, "release_kv_cache_memory"):
+        llm.sleep(level=0)
+        llm.release_kv_cache_memory()
+    else:
+        llm.sleep(level=1)
+
+
+def wake(llm) -> None:
+    """Give the KV cache its memory back, at the same addresses (CUDA graphs keep them)."""
+    llm.wake_up()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "KVOnlyWorker":  # vLLM finds it by name; made on demand, because its base class imports vLLM
+        return _kv_only_worker()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _kv_only_worker() -> type:
+    from vllm.v1.worker.gpu_worker import Worker
+
+    class KVOnlyWorker(Worker):
+        """Keeps everything but the KV tensors out of the memory that sleeping takes away.
+
+        vLLM's own worker frees or offloads the weights too, which the trainer still reads, and with the KV cache its
+        block tables, which are not rebuilt (issue #53343).
+        """
+
+        graph_bytes = 0
+
+        def _maybe_get_memory_pool_context(self, tag):
+            return nullcontext()
+
+        def initialize_from_config(self, kv_cache_config):
+            pool = super()._maybe_get_memory_pool_context
+            with _allocating(self.model_runner, lambda: pool("kv_cache")):
+                super().initialize_from_config(kv_cache_config)
+
+        def compile_or_warm_up_model(self):
+            capture = self.model_runner.capture_model
+
+            def counted():
+                self.graph_bytes = capture()
+                return self.graph_bytes
+
+            self.model_runner.capture_model = counted
+            return super().compile_or_warm_up_model()
+
+    return KVOnlyWorker
+
+
+@contextmanager
+def _allocating(runner, pool) -> Iterator[None]:
+    """Run the one function that allocates KV tensors inside `pool`, for the time of the block."""
+    import vllm.v1.worker.gpu.attn_utils as attn_utils
+
+    # A method of the first model runner, a function of a module for the second one.
+    holder, name = runner, "_allocate_kv_cache_tensors"
+    if not hasattr(holder, name):
+        holder, name = attn_utils, "_allocate_kv_cache"
+    own = name in vars(holder)
+    original = getattr(holder, name)
+
+    def pooled(*arguments, **named):
+        with pool():
+            return original(*arguments, **named)
+
+    setattr(holder, name, pooled)
+    try:
+        yield
+    finally:
+        setattr(holder, name, original) if own else delattr(holder, name)
+
+
+# --- what it holds --------------------------------------------------------------------------------------------------
+
+
+def model_of(llm) -> Any:
+    """The module that vLLM runs, in this process."""
+    return llm.apply_model(lambda module: module)[0]
+
+
+def worker_of(llm) -> Any:
+    """vLLM's worker, in this process."""
+    wrapper = llm.collective_rpc(lambda worker: worker)[0]
+    return getattr(wrapper, "worker", wrapper)
+
+
+def kv_cache_bytes(llm) -> int:
+    """What the KV cache takes while the engine is awake."""
+    found = {}
+    for entry in getattr(worker_of(llm).model_runner, "kv_caches", []):
+        for tensor in entry if isinstance(entry, (list, tuple)) else [entry]:
+            if isinstance(tensor, torch.Tensor):
+                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+# --- what it does to transformers -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def making_models(llm) -> Iterator[None]:
+    """For making a transformers model after vLLM has started.
+
+    Architectures without a model of vLLM's own run through its transformers backend, which rewrites transformers'
+    class in this process: its `__init__` then asks for vLLM's config.
+    """
+    from vllm.config import set_current_vllm_config
+
+    with set_current_vllm_config(llm.llm_engine.vllm_config):
+        yield
+
+
+def keep_plain(model: torch.nn.Module) -> None:
+    """Tell a transformers model of a class that vLLM rewrote not to run as vLLM's compiled one."""
+    for module in model.modules():
+        if any(base.__name__ == "TorchCompileWithNoGuardsWrapper" for base in type(module).__mro__):
+            module.do_not_compile = True
+
+
+class OwnStream:
+    """Runs vLLM on the stream that it chose at its start, and everything else on the stream from before.
+
+    vLLM leaves the thread that starts it on a stream of its own. bitsandbytes quantises, and steps its 8-bit
+    optimizers, on the default stream whatever the current one is; the trainer stays on that one, so that its kernels
+    and bitsandbytes' are in order. At each crossing the device is synchronised. On a CPU nothing happens.
+
+    Create it before vLLM starts and call `started` after.
     """
 
-    def __init__(self, llm, model):
-        check_adapter(model)
-        self.layers = lora_layers(model)
-        self.llm = llm
-        self.manager = llm.apply_model(lambda module: module)[0].lora_manager
-        self._register(model)
-        self.index = self.manager.lora_index_to_id.index(ADAPTER_ID)
-        self.buffers = list(self._buffers())
-        if len(self.buffers) != len(self.layers):
-            raise UserError(
-                f"vLLM takes LoRA on {len(self.buffers)} of this model's {len(self.layers)} adapted projections"
-            )
+    def __init__(self) -> None:
+        self.cuda = torch.cuda.is_available()
+        self.outside = torch.cuda.current_stream() if self.cuda else None
+        self.inside = self.outside
 
-    def _register(self, model) -> None:
-        from vllm.lora.lora_model import LoRAModel
-        from vllm.lora.peft_helper import PEFTHelper
+    def started(self) -> None:
+        if self.cuda:
+            self.inside = torch.cuda.current_stream()
+            self._cross(self.outside)
 
-        config = model.peft_config["default"]
-        any_layer = next(iter(self.layers.values()))
-        targets = sorted({name.rsplit(".", 1)[-1] for name in self.layers})
-        helper = PEFTHelper.from_dict(
-            {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": targets, "use_rslora": config.use_rslora}
-        )
-        tensors = {
-            # Clones: vLLM multiplies B by the scaling in place.
-            f"base_model.model.{name}.lora_{which}.weight": getattr(layer, f"lora_{which}")["default"]
-            .weight.detach()
-            .clone()
-            for name, layer in self.layers.items()
-            for which in "AB"
-        }
-        device = any_layer.lora_A["default"].weight.device
-        dtype = self.llm.llm_engine.vllm_config.model_config.dtype
-        adapter = LoRAModel.from_lora_tensors(ADAPTER_ID, tensors, helper, device=str(device), dtype=dtype)
-        self.manager.add_adapter(adapter)
-        self.manager.activate_adapter(ADAPTER_ID)
-        self.manager.pin_adapter(ADAPTER_ID)
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        if not self.cuda:
+            yield
+            return
+        caller = torch.cuda.current_stream()
+        self._cross(self.inside)
+        try:
+            yield
+        finally:
+            self._cross(caller)
 
-    def _buffers(self) -> Iterable[Buffer]:
-        for name, module in self.manager.modules.items():
-            parent, _, leaf = name.rpartition(".")
-            for i, part in enumerate(PACKED.get(leaf, (leaf,))):
-                layer = self.layers.get(f"{parent}.{part}")
-                if layer is None:
-                    continue
-                a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-                yield Buffer(
-                    module.lora_a_stacked[i][self.index, 0, : a.shape[0], : a.shape[1]],
-                    a,
-                    module.lora_b_stacked[i][self.index, 0, : b.shape[0], : b.shape[1]],
-                    b,
-                    float(layer.scaling["default"]),
-                )
-
-    @torch.inference_mode()
-    def push(self) -> None:
-        """Copy A and scaling * B of every projection into vLLM's buffers; raises if vLLM moved the adapter."""
-        if self.manager.lora_index_to_id[self.index] != ADAPTER_ID:
-            raise RuntimeError("vLLM moved the adapter out of its slot")
-        torch._foreach_copy_([b.a_into for b in self.buffers], [b.a_from.detach() for b in self.buffers])
-        scaled = torch._foreach_mul([b.b_from.detach() for b in self.buffers], [b.scaling for b in self.buffers])
-        torch._foreach_copy_([b.b_into for b in self.buffers], scaled)
+    @staticmethod
+    def _cross(stream) -> None:
+        torch.cuda.synchronize()
+        torch.cuda.set_stream(stream)

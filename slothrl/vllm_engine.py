@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from slothrl import vllm_compat
 from slothrl.engine import Engine, Rollout, Sampling, TokenIds, end_token_ids
 from slothrl.errors import UserError
-from slothrl.vllm_compat import ADAPTER_ID, LoraSlot, import_vllm, lora_layers, max_lora_rank
+from slothrl.lora_slot import LoraShape, LoraSlot
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class VLLMOptions:
         dtype: "bfloat16", "float16" or "float32".
         gpu_memory_utilization: share of the GPU for weights and KV cache together.
         kv_cache_gb: KV cache in GiB; None: what `gpu_memory_utilization` leaves, 1 on a CPU.
+        sleep: whether the KV cache can be freed while the trainer works (GPU only).
     """
 
     path: str
@@ -36,6 +39,7 @@ class VLLMOptions:
     gpu_memory_utilization: float = 0.35
     kv_cache_gb: float | None = None
     enforce_eager: bool = False
+    sleep: bool = True
     seed: int = 0
     revision: str | None = None
 
@@ -43,59 +47,58 @@ class VLLMOptions:
 class VLLMEngine(Engine):
     """`vllm.LLM` with one adapter that mirrors the trained model's LoRA.
 
+    vLLM starts with the engine and holds the base; `slothrl.shared_model.SharedModel` lays the trainer's model over it.
+    `follow` then names the model whose LoRA is mirrored, and must come before anything is generated.
+
     Args:
-        model: the PEFT model being trained; its base must come from the checkpoint that `options.path` names.
-        tokenizer: gives the end tokens.
+        lora: the adapter's shape (`slothrl.lora_slot.lora_shape`).
     Raises:
-        UserError: vLLM cannot serve this model or this adapter.
+        UserError: vLLM cannot serve this model or an adapter of this shape.
     """
 
     name = "vllm"
 
-    def __init__(self, model, tokenizer, options: VLLMOptions):
-        vllm = import_vllm()
+    def __init__(self, options: VLLMOptions, lora: LoraShape):
+        vllm = vllm_compat.import_vllm()
         from vllm.lora.request import LoRARequest
 
-        self.eos_token_ids = end_token_ids(model, tokenizer)
+        free = _free_bytes()
+        self._stream = vllm_compat.OwnStream()
         try:
-            self.llm = vllm.LLM(**self._arguments(model, options))
+            self.llm = vllm.LLM(**_arguments(options, lora))
         except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
             raise UserError(f"vLLM could not load {options.path}: {_first_line(error)}") from error
-        self.slot = LoraSlot(self.llm, model)
-        # The adapter sits in vLLM's memory already, so this path is never read.
-        self.request = LoRARequest("slothrl", ADAPTER_ID, "/in-memory")
-        # vLLM may leave this thread on a stream of its own; bitsandbytes works on the default one.
-        _synchronize()
+        finally:
+            self._stream.started()
+        self.started_bytes = free - _free_bytes()  # what the driver says vLLM took, all together
+        # The adapter will sit in vLLM's memory, so this path is never read.
+        self.request = LoRARequest("slothrl", vllm_compat.ADAPTER_ID, "/in-memory")
+        self.can_sleep = torch.cuda.is_available() and options.sleep
+        self.asleep = False
 
-    @staticmethod
-    def _arguments(model, options: VLLMOptions) -> dict[str, Any]:
-        rank = model.peft_config["default"].r
-        targets = sorted({name.rsplit(".", 1)[-1] for name in lora_layers(model)})
-        arguments: dict[str, Any] = {
-            "model": options.path,
-            "revision": options.revision,
-            "dtype": options.dtype,
-            "max_model_len": options.max_model_len,
-            "max_num_seqs": options.max_num_seqs,
-            "enforce_eager": options.enforce_eager,
-            "enable_lora": True,
-            "max_loras": 1,
-            "max_lora_rank": max_lora_rank(rank),
-            "lora_target_modules": targets,
-            "enable_prefix_caching": True,
-            # Log-probs of the distribution that was sampled from: after temperature and the logit processors.
-            "logprobs_mode": "processed_logprobs",
-            "seed": options.seed,
-            "disable_log_stats": True,
-        }
-        if options.quantization:
-            arguments["quantization"] = options.quantization
-        on_gpu = torch.cuda.is_available()
-        if on_gpu:
-            arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
-        if options.kv_cache_gb is not None or not on_gpu:
-            arguments["kv_cache_memory_bytes"] = int((options.kv_cache_gb or 1.0) * 2**30)
-        return arguments
+    def follow(self, model, tokenizer) -> VLLMEngine:
+        """Mirror the LoRA of a PEFT model whose base is the checkpoint that vLLM loaded; returns the engine.
+
+        Raises:
+            UserError: a projection has no counterpart in vLLM, or the adapter is of an unsupported kind.
+        """
+        self.eos_token_ids = end_token_ids(model, tokenizer)
+        with self._stream():
+            self.slot = LoraSlot(self.llm, model)
+        self.push_lora()
+        return self
+
+    @property
+    def vllm_model(self) -> torch.nn.Module:
+        """The module that vLLM runs, in this process: the base's owner."""
+        return vllm_compat.model_of(self.llm)
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Awake and on vLLM's stream."""
+        self.wake()
+        with self._stream():
+            yield
 
     def generate(self, prompt_ids: Sequence[TokenIds], sampling: Sampling) -> Rollout:
         from vllm import SamplingParams
@@ -120,16 +123,31 @@ class VLLMEngine(Engine):
 
     def _run(self, prompt_ids: Sequence[TokenIds], parameters) -> list[Any]:
         prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
-        return self.llm.generate(prompts, parameters, use_tqdm=False, lora_request=self.request)
+        with self._working():
+            return self.llm.generate(prompts, parameters, use_tqdm=False, lora_request=self.request)
 
     def push_lora(self) -> None:
         """Write the trainer's LoRA into vLLM's buffers and drop the prefix cache, whose keys do not know of it."""
-        _synchronize()
-        self.slot.push()
-        _synchronize()
-        # A stale prefix would answer for the old policy: measured 0.94 nat of error.
-        if not self.llm.reset_prefix_cache():
+        with self._stream():
+            self.slot.push()
+        # A stale prefix would answer for the old policy: measured 0.94 nat of error. Sleeping has emptied it already.
+        if not self.asleep and not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache after a LoRA push (are requests still running?)")
+
+    def sleep(self) -> None:
+        if self.can_sleep and not self.asleep:
+            with self._stream():
+                vllm_compat.sleep(self.llm)
+            # What vLLM cached on its stream is no use to the trainer's.
+            torch.cuda.empty_cache()
+            self.asleep = True
+
+    def wake(self) -> None:
+        if self.asleep:
+            torch.cuda.empty_cache()
+            with self._stream():
+                vllm_compat.wake(self.llm)
+            self.asleep = False
 
     def logprobs(self, token_ids: Sequence[TokenIds]) -> list[torch.Tensor]:
         from vllm import SamplingParams
@@ -141,17 +159,55 @@ class VLLMEngine(Engine):
             for ids, output in zip(token_ids, outputs, strict=True)
         ]
 
+    def holdings(self) -> dict[str, int]:
+        cache = vllm_compat.kv_cache_bytes(self.llm)
+        return {
+            "KV cache": 0 if self.asleep else cache,
+            "LoRA in vLLM": vllm_compat.lora_buffer_bytes(self.llm),
+            "CUDA graphs": getattr(vllm_compat.worker_of(self.llm), "graph_bytes", 0),
+        }
+
     def close(self) -> None:
-        del self.slot
-        del self.llm
+        self.wake()  # asleep, its memory could not be handed back
+        self.slot = self.llm = None  # pyright: ignore
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _arguments(options: VLLMOptions, lora: LoraShape) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`."""
+    arguments: dict[str, Any] = {
+        "model": options.path,
+        "revision": options.revision,
+        "dtype": options.dtype,
+        "max_model_len": options.max_model_len,
+        "max_num_seqs": options.max_num_seqs,
+        "enforce_eager": options.enforce_eager,
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": vllm_compat.max_lora_rank(lora.rank),
+        "lora_target_modules": list(lora.targets),
+        "enable_prefix_caching": True,
+        # Log-probs of the distribution that was sampled from: after temperature and the logit processors.
+        "logprobs_mode": "processed_logprobs",
+        "seed": options.seed,
+        "disable_log_stats": True,
+    }
+    if options.quantization:
+        arguments["quantization"] = options.quantization
+    if options.sleep:
+        arguments.update(vllm_compat.sleep_arguments())
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
+    if options.kv_cache_gb is not None or not on_gpu:
+        arguments["kv_cache_memory_bytes"] = int((options.kv_cache_gb or 1.0) * 2**30)
+    return arguments
+
+
+def _free_bytes() -> int:
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""From a prepared run to a trainer: TRL's config, a freshly loaded base, a LoRA adapter."""
+"""From a prepared run to a trainer: TRL's config, a base model, a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trl import GRPOConfig, SFTConfig
 
 from slothrl.checks import set_fields
 from slothrl.errors import UserError
-from slothrl.models import load_model, peft_config
+from slothrl.models import peft_config
 from slothrl.prepare import Prepared
 from slothrl.reward_isolation import together
 from slothrl.trainer_fields import trainer_fields
@@ -50,9 +50,8 @@ def trainer_config(prepared: Prepared, output_dir: Path) -> GRPOConfig | SFTConf
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
 
-def build_trainer(prepared: Prepared, arguments: GRPOConfig | SFTConfig) -> GRPOTrainer | SFTTrainer:
-    """Load the base and put the adapter and the trainer around it; this is where memory fills."""
-    model = load_model(prepared.model, prepared.config.gpu.device)
+def build_trainer(prepared: Prepared, arguments: GRPOConfig | SFTConfig, model: Any) -> GRPOTrainer | SFTTrainer:
+    """Put the adapter and the trainer around a base model (`slothrl.rollout.open_base`)."""
     common: dict[str, Any] = {
         "model": model,
         "args": arguments,

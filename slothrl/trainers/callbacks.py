@@ -12,6 +12,7 @@ from rich.console import Console
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from slothrl.memory_phases import memory_in_use
 from slothrl.report import append_jsonl, last_text, show_samples
 
 SHOWN = {"reward": "reward", "loss": "loss", "kl": "kl", "completions/mean_length": "length"}
@@ -41,16 +42,15 @@ class Progress(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Every log of the trainer as a line of metrics.jsonl, with its step and the seconds since the start."""
+    """Every log of the trainer as a line of metrics.jsonl, with its step, the seconds since the start and memory."""
 
     def __init__(self, path: Path):
         self.path = path
         self.start = time.monotonic()
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs):
-        append_jsonl(
-            self.path, {"step": state.global_step, "seconds": round(time.monotonic() - self.start, 3), **(logs or {})}
-        )
+        elapsed = round(time.monotonic() - self.start, 3)
+        append_jsonl(self.path, {"step": state.global_step, "seconds": elapsed, **(logs or {}), **memory_in_use()})
 
 
 class Samples(TrainerCallback):

@@ -15,6 +15,7 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 from slothrl.engine import Engine, Sampling
 from slothrl.logprobs import completion_logprobs
 from slothrl.losses import VARIANTS, LossConfig, LossInputs, LossOutput, policy_loss, sampling_importance_ratio
+from slothrl.memory_phases import PhaseMemory
 from slothrl.probe import PolicyProbe
 from slothrl.trainers.adapters import adapter_values, restore_float32_adapter
 
@@ -47,13 +48,21 @@ class GRPOTrainer(TRLGRPOTrainer):
         if args is not None and args.use_vllm and (wants_vllm or engine is not None):
             args = copy.copy(args)
             args.use_vllm = False  # or TRL would start a second engine
+        starting: Any = None
+        if wants_vllm and engine is None and isinstance(model, str) and named.get("peft_config") is not None:
+            from slothrl.trainers.colocate import open_shared
+
+            model, starting = open_shared(model, args, named["peft_config"], named.pop("quantization_config", None))
         before = adapter_values(model)
         super().__init__(model, reward_funcs, args, *positional, **named)
         restore_float32_adapter(self.model, before)
         if engine is None and wants_vllm:
-            engine = self._colocated_vllm()
+            from slothrl.trainers.colocate import beside
+
+            engine = (starting or beside(self.model, self.args)).follow(self.model, self._tokenizer)
         self.engine: Engine | None = None
         self.probe: PolicyProbe | None = None
+        self.memory: PhaseMemory | None = None
         self._corrects_sampling = False
         if engine is not None:
             self.attach(engine, probe)
@@ -61,6 +70,7 @@ class GRPOTrainer(TRLGRPOTrainer):
     def attach(self, engine: Engine, probe: PolicyProbe | None = None) -> None:
         """Generate with `engine` from here on, checked by `probe` after each LoRA push."""
         self.engine, self.probe, self._pushed_step = engine, probe, -1
+        self.memory = PhaseMemory(self.model, lambda: self.optimizer, engine.holdings)
         # TRL's switch, by which it keeps the log-probs that the engine sampled with.
         self.use_vllm = engine.name == "vllm"
         self._corrects_sampling = self.use_vllm and self.args.vllm_importance_sampling_correction
@@ -74,35 +84,23 @@ class GRPOTrainer(TRLGRPOTrainer):
 
     # --- rollouts -----------------------------------------------------------------------------------------------
 
-    def _colocated_vllm(self) -> Engine:
-        from slothrl.vllm_engine import VLLMEngine, VLLMOptions
-
-        if not isinstance(self.model, PeftModel):
-            raise ValueError("use_vllm=True needs a LoRA adapter (peft_config=...): the LoRA is what slothrl pushes")
-        unsupported = {"vllm_tensor_parallel_size": 1, "vllm_structured_outputs_regex": None}
-        for name, default in unsupported.items():
-            if getattr(self.args, name) != default:
-                raise ValueError(f"{name} is not supported with slothrl's colocated vLLM")
-        base: Any = self.model.get_base_model()
-        length = self.args.vllm_max_model_length or min(4096, base.config.get_text_config().max_position_embeddings)
-        options = VLLMOptions(
-            path=base.config._name_or_path,
-            max_model_len=length,
-            max_num_seqs=self.args.generation_batch_size or 1,
-            quantization="bitsandbytes" if getattr(base, "is_loaded_in_4bit", False) else None,
-            dtype=str(base.dtype).removeprefix("torch."),
-            gpu_memory_utilization=self.args.vllm_gpu_memory_utilization,
-            seed=self.args.seed,
-        )
-        return VLLMEngine(self.model, self._tokenizer, options)
-
     def push_lora(self) -> None:
         """Give the engine the LoRA as it is now, and check with the probe that it arrived."""
         assert self.engine is not None
         self.engine.push_lora()
         self._pushed_step = self.state.global_step
         if self.probe is not None:
-            self._metrics["train"]["sampling/probe_difference"].append(self.probe.check())
+            self._metrics["train"]["sampling/probe_difference"].append(self.probe.check(rows=1))
+
+    def _generate(self, prompts: list):
+        if self.engine is None or self.memory is None:
+            return super()._generate(prompts)
+        self.memory.begin("rollout")
+        generated = super()._generate(prompts)
+        self.memory.begin("update" if self.model.training else "scoring")
+        # Turns with tools and custom rollouts are over: the trainer may have the cache's memory.
+        self.engine.sleep()
+        return generated
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         if images is not None and self.use_vllm:

@@ -1,4 +1,4 @@
-"""The contract with vLLM's internals on a GPU: nf4 and bf16 bases, CUDA graphs on."""
+"""The contract with vLLM's internals on a GPU, beside a base of the trainer's own: nf4 and bf16, CUDA graphs on."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slothrl.embedded import embedded_folder
 from slothrl.engine import Sampling, model_logprobs
+from slothrl.lora_slot import lora_shape
 from slothrl.probe import PolicyProbe, mean_difference, perturbed_lora
 
 pytest.importorskip("vllm")
@@ -29,7 +30,7 @@ def parts(request):
     options = VLLMOptions(
         str(folder), 256, 16, "bitsandbytes" if nf4 else None, gpu_memory_utilization=0.1, kv_cache_gb=1.0
     )
-    engine = VLLMEngine(model, tokenizer, options)
+    engine = VLLMEngine(options, lora_shape(model)).follow(model, tokenizer)
     rows = [tokenizer(text)["input_ids"] for text in ("The capital of France is Paris.", "2 + 2 = 4, and 3 + 3 = 6")]
     yield engine, model, tokenizer, rows
     engine.close()

@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slothrl.embedded import embedded_folder
 from slothrl.engine import Sampling, TransformersEngine, choose_engine, model_logprobs
 from slothrl.errors import PolicyMismatchError, UserError
+from slothrl.lora_slot import lora_shape
 from slothrl.probe import PolicyProbe, mean_difference, perturbed_lora
+from slothrl.vllm_compat import lora_buffers
 
 pytestmark = [
     pytest.mark.vllm,
@@ -31,7 +33,7 @@ def parts():
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", use_rslora=True))
     options = VLLMOptions(str(folder), 128, 16, dtype="float32", enforce_eager=True, kv_cache_gb=0.25)
-    engine = VLLMEngine(model, tokenizer, options)
+    engine = VLLMEngine(options, lora_shape(model)).follow(model, tokenizer)
     rows = [tokenizer(text)["input_ids"] for text in ("The capital of France is Paris.", "2 + 2 = 4, and 3 + 3 = 6")]
     yield engine, model, tokenizer, rows
     engine.close()
@@ -81,10 +83,10 @@ def test_push_in_place(parts):
     before = [(b.a_into.data_ptr(), b.b_into.data_ptr()) for b in engine.slot.buffers]
     with perturbed_lora(model, 0.05):
         engine.push_lora()
-        stacked = engine.slot.manager.modules["model.layers.0.self_attn.qkv_proj"].lora_b_stacked[1]
+        stacked = lora_buffers(engine.llm, engine.slot.index)["model.layers.0.self_attn.k_proj"][1]
         source = model.get_base_model().model.layers[0].self_attn.k_proj
         b, scaling = source.lora_B["default"].weight, source.scaling["default"]
-        assert torch.allclose(stacked[engine.slot.index, 0, :, : b.shape[1]], b * scaling)
+        assert torch.allclose(stacked[:, : b.shape[1]], b * scaling)
         assert scaling == 16 / 8**0.5  # rsLoRA
     engine.push_lora()
     assert before == [(b.a_into.data_ptr(), b.b_into.data_ptr()) for b in engine.slot.buffers]

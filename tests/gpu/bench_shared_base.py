@@ -1,0 +1,349 @@
+"""What sharing one base costs and saves on a GPU: prints tables, one a command.
+
+python tests/gpu/bench_shared_base.py shape               # Llama-3-8B's shape, nf4: memory, push, sleep, probe
+python tests/gpu/bench_shared_base.py logprobs DIR ...    # sampled log-probs against the trainer's, real models
+python tests/gpu/bench_shared_base.py stress              # 1,000 push / generate / train cycles
+python tests/gpu/bench_shared_base.py slope RUN           # memory over the steps of a finished run
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from slothrl.engine import Sampling, inference
+from slothrl.lora_slot import lora_shape
+from slothrl.probe import PolicyProbe, mean_difference, perturbed_lora
+from slothrl.shared_model import SharedModel, empty_model
+from tests.families import ROWS, make_checkpoint
+from tests.helpers import tiny_tokenizer
+
+MB = 1e6
+LLAMA_3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+QUESTIONS = (
+    "Why is the sky blue?",
+    "Write a short story about a sloth who learns to program.",
+    "Explain how a bicycle stays upright.",
+    "What is 17 times 23? Think step by step.",
+    "Give me a recipe for pancakes.",
+    "Who wrote Faust, and what is it about?",
+    "List the planets of the solar system with one fact each.",
+    "A train travels 120 km in 1.5 hours. How fast is it?",
+)
+
+
+def used() -> int:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def milliseconds(call: Callable[[], object], times: int) -> list[float]:
+    found = []
+    for _ in range(times):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        found.append((time.perf_counter() - start) * 1e3)
+    return found
+
+
+def start(folder: str, quantization: str | None, rank: int, **options):
+    """(engine, shared base, empty_model's bytes on the device, LoRA config)."""
+    from slothrl.vllm_engine import VLLMEngine, VLLMOptions
+
+    torch.manual_seed(0)
+    adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    outline = get_peft_model(empty_model(folder, torch.float32), adapter, low_cpu_mem_usage=True)
+    empty = empty_model(folder, torch.bfloat16)
+    engine = VLLMEngine(VLLMOptions(folder, quantization=quantization, **options), lora_shape(outline))
+    return engine, empty, adapter
+
+
+# --- the 8B shape ---------------------------------------------------------------------------------------------------
+
+
+def write_random(folder: Path) -> None:
+    """A checkpoint of Llama-3-8B's shape, 16 GB in bf16, made on the GPU a layer at a time."""
+    from safetensors.torch import save_file
+
+    config = AutoConfig.for_model("llama", **LLAMA_3_8B, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    config.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+    groups: dict[str, list[str]] = {}
+    for name in shapes:
+        parts = name.split(".")
+        groups.setdefault(parts[2] if "layers" in parts else name, []).append(name)
+    index = {}
+    for number, names in enumerate(groups.values()):
+        file = f"model-{number:05}.safetensors"
+        tensors = {}
+        for name in names:
+            values = torch.randn(shapes[name], device="cuda", dtype=torch.bfloat16)
+            tensors[name] = (values * 0.02 if values.ndim > 1 else values * 0.1 + 1).cpu()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(names, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def shape(arguments: argparse.Namespace) -> None:
+    parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        begin = time.perf_counter()
+        write_random(Path(folder))
+        print(f"checkpoint written in {time.perf_counter() - begin:.0f} s", flush=True)
+        _shape(folder, arguments)
+
+
+def _shape(folder: str, arguments: argparse.Namespace) -> None:
+    torch.cuda.init()
+    nothing = used()
+    options = {"max_model_len": 2048, "max_num_seqs": 64, "kv_cache_gb": arguments.kv, "gpu_memory_utilization": 0.6}
+    begin = time.perf_counter()
+    engine, empty, adapter = start(folder, "bitsandbytes", 16, enforce_eager=True, **options)
+    alone = used()
+    print(f"vLLM started in {time.perf_counter() - begin:.0f} s, {(alone - nothing) / MB:,.0f} MB", flush=True)
+    shared = SharedModel(engine.vllm_model, empty)
+    both = used()
+    parameters = sum(1 for _ in shared.model.parameters())
+    rows = [("base, bytes once", f"{shared.base_bytes / MB:,.0f} MB")]
+    share = (both - alone) / shared.base_bytes
+    rows.append(("trainer's model beside vLLM", f"{(both - alone) / MB:,.1f} MB = {share:.2%} of the base"))
+    rows.append(("parameters outside vLLM's bytes", f"{len(shared.own_parameters())} of {parameters}"))
+    model = get_peft_model(shared.model, adapter)
+    rows.append(("LoRA r=16 on 7 projections, float32", f"{(used() - both) / MB:,.0f} MB"))
+    engine.follow(model, tiny_tokenizer())
+    engine.push_lora()
+    pushed = milliseconds(engine.slot.push, 50)
+    whole = milliseconds(engine.push_lora, 20)
+    rows.append(("push of A and B", f"{statistics.median(pushed):.2f} ms median, {max(pushed):.2f} worst of 50"))
+    rows.append(("push_lora with both synchronisations and cache reset", f"{statistics.median(whole):.2f} ms median"))
+    probe = PolicyProbe(engine, model, [[(7 * i * i + 5) % 90000 + 9 for i in range(64)]] * 4, bound=1.0)
+    print(f"probe difference {probe.check():.4f}", flush=True)
+    for count in (1, 4):
+        spent = statistics.median(milliseconds(lambda count=count: probe.check(rows=count), 10))
+        rows.append((f"probe, {count} x 64 tokens", f"{spent:.1f} ms median"))
+    checksum = shared.checksum()
+    before = used()
+    slept, woken = [], []
+    for _ in range(8):
+        slept += milliseconds(engine.sleep, 1)
+        asleep = used()
+        woken += milliseconds(engine.wake, 1)
+    rows.append((f"sleep, {engine.holdings()['KV cache'] / 2**30:.1f} GiB of KV", f"{_spread(slept)}"))
+    rows.append(("wake", _spread(woken)))
+    rows.append(("driver before, asleep, awake", f"{before / MB:,.0f}, {asleep / MB:,.0f}, {used() / MB:,.0f} MB"))
+    _train(model, rows)
+    rows.append(("base unchanged after all", str(shared.checksum() == checksum)))
+    engine.sleep()
+    before = used()
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16"
+    )
+    second = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=config, device_map={"": 0}
+    )
+    rows.append(("a base of the trainer's own would take", f"{(used() - before) / MB:,.0f} MB"))
+    del second
+    show(rows)
+
+
+def _train(model, rows: list[tuple[str, str]]) -> None:
+    import bitsandbytes as bnb
+
+    model.get_base_model().gradient_checkpointing_enable()
+    model.get_base_model().enable_input_require_grads()
+    optimizer = bnb.optim.AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    ids = torch.randint(0, 100000, (1, 512), device="cuda")
+    losses = []
+    for _ in range(3):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model.train()(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    rows.append(("three training steps with 8-bit AdamW", f"loss {losses[0]:.3f} -> {losses[-1]:.3f}"))
+
+
+def _spread(found: list[float]) -> str:
+    return f"{statistics.median(found):.1f} ms median, {max(found):.1f} worst of {len(found)}"
+
+
+# --- log-probs of sampled tokens ------------------------------------------------------------------------------------
+
+
+def logprobs(arguments: argparse.Namespace) -> None:
+    rows = []
+    for folder in arguments.folders:
+        for quantization in (None, "bitsandbytes"):
+            rows += _logprobs(folder, quantization)
+    show(rows)
+
+
+def _logprobs(folder: str, quantization: str | None) -> list[tuple[str, str]]:
+    options = {"max_model_len": 512, "max_num_seqs": 64, "kv_cache_gb": 1.0, "gpu_memory_utilization": 0.1}
+    engine, empty, adapter = start(folder, quantization, 16, enforce_eager=True, **options)
+    shared = SharedModel(engine.vllm_model, empty)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = get_peft_model(shared.model, adapter)
+    engine.follow(model, tokenizer)
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, return_dict=False)
+        for q in QUESTIONS
+    ] * 8
+    found = []
+    # With a LoRA that does something, of a size that training reaches.
+    with perturbed_lora(model, 0.002):
+        engine.push_lora()
+        for temperature in (1.0, 0.7):
+            sampling = Sampling(64, temperature, extra={"ignore_eos": True, "seed": 0})
+            rollout = engine.generate(prompts, sampling)
+            gaps = []
+            with inference(model):
+                for prompt, ids, sampled in zip(
+                    prompts, rollout.completion_ids, rollout.sampling_logprobs, strict=True
+                ):
+                    row = torch.tensor([list(prompt) + ids], device="cuda")
+                    with torch.autocast("cuda", torch.bfloat16):
+                        logits = model(input_ids=row).logits[0, len(prompt) - 1 : -1]
+                    expected = (logits.float() / temperature).log_softmax(-1).gather(-1, row[0, len(prompt) :, None])
+                    gaps.append((expected[:, 0].cpu() - torch.tensor(sampled)).abs())
+            gap = torch.cat(gaps)
+            name = f"{Path(folder).name}, {'nf4' if quantization else 'bf16'}, T={temperature}"
+            value = (
+                f"{gap.numel()} tokens: mean {gap.mean():.4f}, p99 {gap.quantile(0.99):.3f}, max {gap.max():.3f} nat"
+            )
+            found.append((name, value))
+            print(name, value, flush=True)
+    engine.close()
+    return found
+
+
+# --- stress ---------------------------------------------------------------------------------------------------------
+
+
+def stress(arguments: argparse.Namespace) -> None:
+    import bitsandbytes as bnb
+
+    with tempfile.TemporaryDirectory() as folder:
+        make_checkpoint("llama", Path(folder))
+        options = {"max_model_len": 128, "max_num_seqs": 8, "kv_cache_gb": 1.0, "gpu_memory_utilization": 0.05}
+        engine, empty, adapter = start(folder, "bitsandbytes", 8, enforce_eager=arguments.eager, **options)
+        shared = SharedModel(engine.vllm_model, empty)
+        model = get_peft_model(shared.model, adapter)
+        engine.follow(model, tiny_tokenizer())
+        weights = [p for p in model.parameters() if p.requires_grad]
+        optimizer = bnb.optim.AdamW8bit(weights, lr=1e-4, min_8bit_size=16)
+        checksum, memory, worst = shared.checksum(), [], 0.0
+        probe = PolicyProbe(engine, model, ROWS[:1], bound=0.5)
+        begin = time.perf_counter()
+        for cycle in range(arguments.cycles):
+            engine.push_lora()
+            worst = max(worst, probe.check())
+            rollout = engine.generate([ROWS[0]] * 8, Sampling(max_tokens=8))
+            engine.sleep()
+            ids = torch.tensor([ROWS[0] + (c + [1] * 8)[:8] for c in rollout.completion_ids], device="cuda")
+            loss = model.train()(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.eval()
+            if cycle >= 50 and cycle % 50 == 0:
+                memory.append(used())
+        seconds = time.perf_counter() - begin
+        show(
+            [
+                ("cycles", f"{arguments.cycles} in {seconds:.0f} s, graphs {'off' if arguments.eager else 'on'}"),
+                ("base's checksum unchanged", str(shared.checksum() == checksum)),
+                ("worst probe difference", f"{worst:.4f} nat"),
+                ("driver, first, last, range", f"{memory[0]}, {memory[-1]}, {max(memory) - min(memory)} bytes"),
+                ("final difference", f"{mean_difference(*_both(engine, model)):.4f} nat"),
+            ]
+        )
+        assert shared.checksum() == checksum
+
+
+def _both(engine, model):
+    from slothrl.engine import model_logprobs
+
+    engine.push_lora()
+    return engine.logprobs(ROWS), model_logprobs(model, ROWS)
+
+
+# --- memory over a run ----------------------------------------------------------------------------------------------
+
+
+def slope(arguments: argparse.Namespace) -> None:
+    """Least-squares slope of memory over the steps, the first tenth left out (caches fill there)."""
+    for run in arguments.runs:
+        lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+        lines = [line for line in lines if "reward" in line and "memory/resident" in line]
+        lines = lines[len(lines) // 10 :]
+        steps = torch.tensor([line["step"] for line in lines], dtype=torch.float64)
+        rows = []
+        for key in ("memory/device", "memory/torch_reserved", "memory/resident"):
+            values = torch.tensor([line.get(key, 0) for line in lines], dtype=torch.float64)
+            centred = steps - steps.mean()
+            per_step = float((centred * values).sum() / (centred**2).sum())
+            left = values - values.mean() - per_step * centred
+            error = float((left.pow(2).sum() / (len(lines) - 2) / (centred**2).sum()).sqrt())
+            text = f"{per_step / 1e3:.2f} ± {error / 1e3:.2f} KB a step, {values[0] / MB:,.1f} -> {values[-1] / MB:,.1f} MB"
+            rows.append((key, text))
+        print(f"{run}: {len(lines)} steps")
+        show(rows)
+
+
+def show(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    print("\n".join(f"| {name:{width}} | {value} |" for name, value in rows), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for function in (shape, logprobs, stress, slope):
+        command = commands.add_parser(function.__name__)
+        command.set_defaults(function=function)
+        if function is shape:
+            command.add_argument("--kv", type=float, default=30.0, help="KV cache in GiB")
+        if function is logprobs:
+            command.add_argument("folders", nargs="+")
+        if function is stress:
+            command.add_argument("--cycles", type=int, default=1000)
+            command.add_argument("--eager", action="store_true")
+        if function is slope:
+            command.add_argument("runs", nargs="+")
+    arguments = parser.parse_args()
+    arguments.function(arguments)
+
+
+if __name__ == "__main__":
+    main()
