@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -113,7 +114,9 @@ def write_random(folder: Path) -> None:
 
 
 def shape(arguments: argparse.Namespace) -> None:
-    parent = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    memory = Path("/dev/shm")
+    roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 20e9
+    parent = str(memory) if roomy else None
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         begin = time.perf_counter()
         write_random(Path(folder))
