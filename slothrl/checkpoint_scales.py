@@ -1,14 +1,15 @@
 """The block scales of a checkpoint that is quantised by bitsandbytes itself, read as bitsandbytes reads them.
 
 vLLM's loader (seen in 0.26, and in vllm-bnb-plugin 0.0.3) expands double quantisation while torch's default dtype is
-bf16, and so rounds the offset of all scales to 8 bits: every weight is off by up to 0.2 %. Both sides would agree, but on
-another model than the one in the checkpoint.
+bf16, and so rounds the offset of all scales to 8 bits: every weight is off by up to 0.2 %. Both sides would agree, but
+on another model than the one in the checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -35,7 +36,8 @@ def restore_scales(model: nn.Module, path: str, revision: str | None = None) -> 
     files = _tensor_files(path, revision)
     if not any(name.endswith(".nested_absmax") for name in files):
         return 0
-    layers = {f"{n}.weight": m.weight.quant_state for n, m in model.named_modules() if type(m).__name__ == "Linear4bit"}
+    packed: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if type(m).__name__ == "Linear4bit"]
+    layers = {f"{name}.weight": module.weight.quant_state for name, module in packed}
     for name, state in layers.items():
         found = {key: file for key, file in files.items() if key.startswith(f"{name}.")}
         if f"{name}.nested_absmax" not in found:
@@ -44,7 +46,7 @@ def restore_scales(model: nn.Module, path: str, revision: str | None = None) -> 
         for key, file in found.items():
             with safe_open(file, "pt") as opened:
                 tensors[key] = opened.get_tensor(key)
-        exact = QuantState.from_dict(tensors, device=state.absmax.device)
+        exact: Any = QuantState.from_dict(tensors, device=state.absmax.device)
         scales = dequantize_blockwise(exact.absmax, exact.state2) + exact.offset
         state.absmax.copy_(scales.view_as(state.absmax))
     return len(layers)

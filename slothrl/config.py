@@ -78,9 +78,7 @@ class RolloutConfig:
     sleep: bool = True  # vLLM gives up its KV cache while the trainer works (GPU)
     dtype: str = "auto"  # vLLM's compute dtype; auto: the trainer's
     probe: bool = True  # policy-identity probe after each LoRA push
-    probe_bound: float | None = (
-        None  # nats, mean absolute; default 0.001 where both sides are float32, else what the start shows
-    )
+    probe_bound: float | None = None  # nats, mean absolute; default 0.001 in float32, else what the start shows
 
 
 @dataclass

@@ -107,6 +107,7 @@ class LoraSlot:
     def push(self) -> None:
         """Copy A and scaling * B of every projection into vLLM's buffers; raises if vLLM moved the adapter."""
         adapter_in_place(self.llm, self.index)
-        torch._foreach_copy_([b.a_into for b in self.buffers], [b.a_from.detach() for b in self.buffers])
-        scaled = torch._foreach_mul([b.b_from.detach() for b in self.buffers], [b.scaling for b in self.buffers])
-        torch._foreach_copy_([b.b_into for b in self.buffers], scaled)
+        buffers = self.buffers
+        torch._foreach_copy_([b.a_into for b in buffers], [b.a_from for b in buffers])
+        scaled = torch._foreach_mul([b.b_from for b in buffers], [b.scaling for b in buffers])
+        torch._foreach_copy_([b.b_into for b in buffers], scaled)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from slothrl.lora_slot import lora_layers, lora_shape
 
 # Standard deviations of a test change to B.
 PERTURBATIONS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+SHARE = 0.01  # of the run's time that the checks after pushes may take
 SHORT = 24  # tokens of the row on which each kind of projection is tested alone
 
 
@@ -34,22 +36,34 @@ class PolicyProbe:
     token_ids: Sequence[TokenIds]
     bound: float = 0.15
     last_difference: float = field(default=math.nan, init=False)
+    _checked: float = field(default=-math.inf, init=False)
+    _cost: float = field(default=0.0, init=False)
 
     def check(self, rows: int | None = None) -> float:
         """The mean absolute difference (nats) on the first `rows` rows, default all.
 
         Raises `PolicyMismatchError` above the bound.
         """
-        token_ids = self.token_ids[:rows]
+        token_ids, start = self.token_ids[:rows], time.monotonic()
         difference = mean_difference(self.engine.logprobs(token_ids), model_logprobs(self.model, token_ids))
+        self._checked = time.monotonic()
+        self._cost = self._checked - start
         self.last_difference = difference
+        self.require(difference, "fixed tokens")
+        return difference
+
+    def due(self) -> bool:
+        """Whether another check keeps the time spent on checks under `SHARE` of the run's."""
+        return time.monotonic() - self._checked >= self._cost / SHARE
+
+    def require(self, difference: float, tokens: str) -> None:
+        """Raise `PolicyMismatchError` if log-probs of `tokens` differ by more than the bound (nats, mean absolute)."""
         if not difference <= self.bound:  # NaN fails too
             raise PolicyMismatchError(
                 f"the {self.engine.name} engine samples from another policy than the one being trained: log-probs of "
-                f"fixed tokens differ by {difference:.3f} nat on average, bound {self.bound} (rollout.probe_bound); "
+                f"{tokens} differ by {difference:.3f} nat on average, bound {self.bound:.3f} (rollout.probe_bound); "
                 "rollout=transformers avoids it"
             )
-        return difference
 
     def allow_for(self, noise: float) -> None:
         """Raise the bound to 4 times the rounding noise of the two implementations, measured before training.
@@ -66,7 +80,7 @@ class PolicyProbe:
         among those that do.
 
         Returns:
-            (how far the engine's log-probs moved with all, how far they then were from the model's), mean absolute nats.
+            (how far the engine's log-probs moved with all, how far they then were from the model's), in mean nats.
         Raises:
             PolicyMismatchError: the engine ignored the adapter or a part of it, or followed it to another place.
         """

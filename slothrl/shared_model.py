@@ -7,6 +7,7 @@ separate weights could only be copied together. bitsandbytes' packed bytes are t
 from __future__ import annotations
 
 import bisect
+import contextlib
 from typing import Any
 
 import torch
@@ -43,9 +44,9 @@ class SharedModel:
         if any(type(module).__name__ == "Conv1D" for module in model.modules()):
             raise NotShareableError(f"{type(model).__name__} keeps its linears transposed (Conv1D)")
         # All are found before the first is replaced, so that a refusal leaves the model as it was.
-        found = {name: layout.find(*name.rsplit(".", 1), shape) for name, shape in _wanted(model).items()}
+        found = {name: layout.find(name, shape) for name, shape in _wanted(model).items()}
         _lay_over(model, found)
-        restore_scales(model, model.name_or_path, revision)
+        restore_scales(model, str(model.name_or_path), revision)
         keep_plain(model)
         self.base_bytes = sum(tensor.nbytes for tensor in base_tensors(vllm_model))
         self.verify()
@@ -95,15 +96,13 @@ def empty_model(path: str, dtype: torch.dtype, revision: str | None = None, **op
         options: for `AutoModelForCausalLM.from_config`, such as `attn_implementation`.
     """
     config = AutoConfig.from_pretrained(path, revision=revision)
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config  # of a checkpoint that is quantised itself: set below from what vLLM holds
+    # Of a checkpoint that is quantised itself: `_describe` sets it from what vLLM holds.
+    vars(config).pop("quantization_config", None)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     model.config._name_or_path = model.name_or_path = path
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(path, revision=revision)
-    except OSError:  # a checkpoint without one: the defaults made from the config stay
-        pass
+    with contextlib.suppress(OSError):  # a checkpoint without one: the defaults made from the config stay
+        model.generation_config = GenerationConfig.from_pretrained(path, revision=revision or "main")
     return model.eval()
 
 
@@ -120,7 +119,7 @@ def _wanted(model: PreTrainedModel) -> dict[str, torch.Size]:
         for name, parameter in module.named_parameters(recurse=False):
             packed = isinstance(module, nn.Linear) and name == "weight"
             # A loaded 4-bit model's parameter has the shape of its bytes.
-            shape = torch.Size((module.out_features, module.in_features)) if packed else parameter.shape
+            shape = torch.Size([module.out_features, module.in_features]) if packed else parameter.shape  # pyright: ignore
             wanted[f"{prefix}.{name}"] = shape
     return wanted
 
@@ -163,13 +162,14 @@ def _describe(model: PreTrainedModel, found: dict[str, Held]) -> None:
         )
 
 
-def _linear_4bit(linear: nn.Module, held: Held, dtype: torch.dtype) -> nn.Module:
+def _linear_4bit(linear: Any, held: Held, dtype: torch.dtype) -> nn.Module:
     """bitsandbytes' layer over vLLM's bytes."""
-    import bitsandbytes as bnb
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit, Params4bit
 
-    theirs = held.quant_state
+    theirs: Any = held.quant_state
     # A state of our own over the same tensors: bitsandbytes changes the object when a model moves.
-    state = bnb.functional.QuantState(
+    state = QuantState(
         absmax=theirs.absmax,
         shape=theirs.shape,
         code=theirs.code,
@@ -177,16 +177,17 @@ def _linear_4bit(linear: nn.Module, held: Held, dtype: torch.dtype) -> nn.Module
         quant_type=theirs.quant_type,
         dtype=dtype,
     )
-    layer: Any = bnb.nn.Linear4bit(
+    layer: Any = Linear4bit(
         linear.in_features,
         linear.out_features,
         bias=False,
         compute_dtype=dtype,
         compress_statistics=False,
-        quant_type=state.quant_type,
+        quant_type=theirs.quant_type,
         device="meta",
     )
-    layer.weight = bnb.nn.Params4bit(
+    make: Any = Params4bit  # whose signature its own stubs do not know
+    layer.weight = make(
         held.data,
         requires_grad=False,
         quant_state=state,

@@ -8,7 +8,8 @@ buffers that vLLM made for an adapter of ours, and hands it a worker class throu
 | in-process engine, `ENVIRONMENT` | 0.26, 0.31 | documented variables | all of tests/integration/test_vllm_engine.py |
 | adapter registered from tensors | 0.26, 0.31 | no public tensor path | `test_lora_reaches_vllm` |
 | stacked LoRA buffers written in place | 0.26, 0.31 | no public tensor path | `test_push_in_place` |
-| base weights read where they lie (`vllm_layout`) | 0.26, 0.31 | no public layout | tests/integration/test_shared_model.py |
+| base weights read where they lie (`vllm_layout`) | 0.26, 0.31 | no public layout | \
+tests/integration/test_shared_model.py |
 | `KVOnlyWorker`, sleep without the weights | 0.26 (GPU) | sleep takes weights and block tables along, #53343 | \
 `test_sleep_frees_the_cache_only` |
 | `release_kv_cache_memory` instead, where there is one | not run: GPU builds from 0.28 on | public | the same test |
@@ -131,6 +132,12 @@ def wake(llm) -> None:
     llm.wake_up()
 
 
+def shut_down(llm) -> None:
+    """Let go of vLLM's memory; base weights that others have views of stay. Its memory pool must go before another
+    engine makes one, or the process aborts."""
+    llm.llm_engine.engine_core.shutdown()
+
+
 def __getattr__(name: str) -> Any:
     if name == "KVOnlyWorker":  # vLLM finds it by name; made on demand, because its base class imports vLLM
         return _kv_only_worker()
@@ -156,6 +163,11 @@ def _kv_only_worker() -> type:
             pool = super()._maybe_get_memory_pool_context
             with _allocating(self.model_runner, lambda: pool("kv_cache")):
                 super().initialize_from_config(kv_cache_config)
+
+        def sleep(self, level=1):
+            # Not the worker's own: it takes memory that another process filled meanwhile for a failure.
+            torch.cuda.synchronize()
+            super()._get_sleep_mode_backend().suspend(level)  # pyright: ignore - the CPU build's has another name
 
         def compile_or_warm_up_model(self):
             capture = self.model_runner.capture_model
@@ -237,7 +249,7 @@ def keep_plain(model: torch.nn.Module) -> None:
     """Tell a transformers model of a class that vLLM rewrote not to run as vLLM's compiled one."""
     for module in model.modules():
         if any(base.__name__ == "TorchCompileWithNoGuardsWrapper" for base in type(module).__mro__):
-            module.do_not_compile = True
+            module.do_not_compile = True  # pyright: ignore
 
 
 class OwnStream:

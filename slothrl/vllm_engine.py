@@ -169,7 +169,11 @@ class VLLMEngine(Engine):
 
     def close(self) -> None:
         self.wake()  # asleep, its memory could not be handed back
-        self.slot = self.llm = None  # pyright: ignore
+        with self._stream():
+            vllm_compat.shut_down(self.llm)
+        for name in ("slot", "llm"):
+            if hasattr(self, name):
+                delattr(self, name)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

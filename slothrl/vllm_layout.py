@@ -6,7 +6,7 @@ parameters. Whether both sides compute the same with the same bytes is for the p
 
 | what | where, seen in 0.26 (GPU) and 0.31 (CPU) |
 |---|---|
-| 4-bit bytes | `weight.data`, uint8 (N*K/2, 1), in bitsandbytes' own layout; shard i from `weight.bnb_shard_offsets[i]` |
+| 4-bit bytes | `weight.data`, uint8 (N*K/2, 1), bitsandbytes' layout; shard i from `weight.bnb_shard_offsets[i]` |
 | quantisation states | `weight.bnb_quant_state`, {shard: QuantState}; double quantisation is expanded at load |
 | fused rows, biases | `output_partition_sizes` |
 | padded vocabulary | `org_vocab_size` marks the layer; rows beyond the real vocabulary are cut off |
@@ -56,15 +56,16 @@ class WeightLayout:
             for index, part in enumerate(parts)
         }
 
-    def find(self, module: str, parameter: str, shape: torch.Size) -> Held:
-        """Where `module.parameter` of a transformers model lies.
+    def find(self, name: str, shape: torch.Size) -> Held:
+        """Where a parameter of a transformers model lies.
 
         Args:
+            name: "model.norm.weight".
             shape: the parameter's logical shape; (out, in) also where the weight is packed.
         Raises:
             NotShareableError: it is not there, or not in a form that transformers and bitsandbytes can read.
         """
-        name = f"{module}.{parameter}"
+        module, _, parameter = name.rpartition(".")
         layer, shard = self._layer(module)
         if layer is None:
             raise NotShareableError(f"{module} has no counterpart in vLLM's {type(self.model).__name__}")

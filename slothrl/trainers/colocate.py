@@ -35,7 +35,7 @@ def open_shared(
     from slothrl.shared_model import SharedModel, empty_model
     from slothrl.vllm_compat import keep_plain, making_models
 
-    options = dict(args.model_init_kwargs or {})
+    options: dict[str, Any] = {**(args.model_init_kwargs or {})}  # pyright: ignore
     config = quantization_config or options.pop("quantization_config", None)
     revision = options.pop("revision", None)
     dtype = _dtype(options.pop("dtype", None), args, config)

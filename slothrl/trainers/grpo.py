@@ -49,7 +49,7 @@ class GRPOTrainer(TRLGRPOTrainer):
             args = copy.copy(args)
             args.use_vllm = False  # or TRL would start a second engine
         starting: Any = None
-        if wants_vllm and engine is None and isinstance(model, str) and named.get("peft_config") is not None:
+        if args and wants_vllm and engine is None and isinstance(model, str) and named.get("peft_config") is not None:
             from slothrl.trainers.colocate import open_shared
 
             model, starting = open_shared(model, args, named["peft_config"], named.pop("quantization_config", None))
@@ -85,11 +85,12 @@ class GRPOTrainer(TRLGRPOTrainer):
     # --- rollouts -----------------------------------------------------------------------------------------------
 
     def push_lora(self) -> None:
-        """Give the engine the LoRA as it is now, and check with the probe that it arrived."""
+        """Give the engine the LoRA as it is now, and check on fixed tokens that it arrived, as often as 1% of the time
+        allows; the tokens it then samples are checked at every step."""
         assert self.engine is not None
         self.engine.push_lora()
         self._pushed_step = self.state.global_step
-        if self.probe is not None:
+        if self.probe is not None and self.probe.due():
             self._metrics["train"]["sampling/probe_difference"].append(self.probe.check(rows=1))
 
     def _generate(self, prompts: list):
@@ -192,10 +193,11 @@ class GRPOTrainer(TRLGRPOTrainer):
         )
         # On-policy, the policy that sampled is the one whose log-probs were just computed.
         old_logprobs = inputs.get("old_per_token_logps")
-        old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
+        on_policy = old_logprobs is None
+        old_logprobs = logprobs.detach() if on_policy else old_logprobs
         ratio = inputs.get("importance_sampling_ratio")
         if ratio is None and self._corrects_sampling and "sampling_per_token_logps" in inputs:
-            ratio = self._correct_sampling(old_logprobs, inputs["sampling_per_token_logps"], mask)
+            ratio = self._correct_sampling(old_logprobs, inputs["sampling_per_token_logps"], mask, on_policy)
         output = policy_loss(
             LossInputs(logprobs, old_logprobs, inputs["advantages"], mask, inputs.get("ref_per_token_logps"), ratio),
             self._loss_config(),
@@ -214,7 +216,7 @@ class GRPOTrainer(TRLGRPOTrainer):
         tokens = inputs["num_items_in_batch"].clamp(min=1.0)
         return tokens / self.args.steps_per_generation if self.model.training else tokens
 
-    def _correct_sampling(self, old_logprobs, sampling_logprobs, mask) -> torch.Tensor:
+    def _correct_sampling(self, old_logprobs, sampling_logprobs, mask, on_policy: bool) -> torch.Tensor:
         """The ratio (B, T) or (B, 1) between the trained policy and the one that sampled, counted in the metrics."""
         ratio = sampling_importance_ratio(
             old_logprobs,
@@ -228,6 +230,8 @@ class GRPOTrainer(TRLGRPOTrainer):
         counted = mask.bool()
         gap = (old_logprobs - sampling_logprobs)[counted].abs()
         gap = gap[~gap.isnan()]  # where the engine gave no log-prob
+        if self.probe is not None and on_policy and gap.numel():
+            self.probe.require(gap.mean().item(), "the sampled tokens")
         flat = ratio[counted] if ratio.shape == mask.shape else ratio.flatten()
         for name, values in (("sampling_logp_difference", gap), ("importance_sampling_ratio", flat)):
             if values.numel():

@@ -227,7 +227,7 @@ def _logprobs(folder: str, quantization: str | None) -> list[tuple[str, str]]:
     with perturbed_lora(model, 0.002):
         engine.push_lora()
         for temperature in (1.0, 0.7):
-            sampling = Sampling(64, temperature, extra={"ignore_eos": True, "seed": 0})
+            sampling = Sampling(64, temperature, extra={"ignore_eos": True, "stop_token_ids": [], "seed": 0})
             rollout = engine.generate(prompts, sampling)
             gaps = []
             with inference(model):
@@ -318,8 +318,8 @@ def slope(arguments: argparse.Namespace) -> None:
             per_step = float((centred * values).sum() / (centred**2).sum())
             left = values - values.mean() - per_step * centred
             error = float((left.pow(2).sum() / (len(lines) - 2) / (centred**2).sum()).sqrt())
-            text = f"{per_step / 1e3:.2f} ± {error / 1e3:.2f} KB a step, {values[0] / MB:,.1f} -> {values[-1] / MB:,.1f} MB"
-            rows.append((key, text))
+            change = f"{values[0] / MB:,.1f} -> {values[-1] / MB:,.1f} MB"
+            rows.append((key, f"{per_step / 1e3:.2f} ± {error / 1e3:.2f} KB a step, {change}"))
         print(f"{run}: {len(lines)} steps")
         show(rows)
 

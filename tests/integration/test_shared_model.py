@@ -154,7 +154,7 @@ def test_one_memory(parts):
 
 def test_base_bytes(parts):
     _, shared, model, _ = parts
-    hidden, mlp, vocab, layers = 128, 256, 1003, 2
+    hidden, mlp, layers = 128, 256, 2
     linears = layers * (hidden * (128 + 64 + 64) + 128 * hidden + 3 * hidden * mlp)
     # Half a byte a weight and a float32 a block of 64; embedding and head in bf16, padded to a multiple of 64.
     counted = linears // 2 + linears // 64 * 4 + 2 * 2 * hidden * 1024 + (2 * layers + 1) * hidden * 2

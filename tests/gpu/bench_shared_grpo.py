@@ -1,0 +1,105 @@
+"""GRPO over one shared base against two copies, three seeds each, side by side on one GPU: reward curves and memory.
+
+python tests/gpu/bench_shared_grpo.py --model DIR --out DIR     # a checkpoint of about half a billion parameters
+python tests/gpu/bench_shared_grpo.py --out DIR --long          # instead: one run of 500 steps, for its memory
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+SEEDS = (0, 1, 2)
+COMMON = "rollout=vllm rollout.enforce_eager=true logger.samples=0 logger.progress=false model.quantization=nf4"
+CURVES = """model=hub trainer.learning_rate=1e-4 trainer.lr_scheduler_type=linear trainer.warmup_steps=2
+    data=arithmetic data.task.digits=3 data.task.min_digits=2 data.task.operations=['+','*'] data.train_size=2000
+    data.eval_size=100 trainer.max_completion_length=16 rollout.gpu_memory_utilization=0.1 rollout.kv_cache_gb=2"""
+LONG = """trainer.max_steps=500 trainer.per_device_train_batch_size=16 trainer.num_generations=4 data.eval_size=4
+    data.train_size=2000 trainer.max_completion_length=6 rollout.kv_cache_gb=4 trainer.logging_steps=1"""
+
+
+def start(folder: Path, line: str) -> subprocess.Popen:
+    with folder.with_suffix(".log").open("w") as log:
+        command = [sys.executable, "-m", "slothrl", *line.split(), f"output_dir={folder}"]
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "reward" in line]
+
+
+def curves(arguments: argparse.Namespace) -> None:
+    runs = []
+    for kind, share in (("shared", "always"), ("two", "never")):
+        for seed in SEEDS:
+            line = f"{COMMON} {CURVES} model.name={arguments.model} trainer.max_steps={arguments.steps}"
+            folder = arguments.out / f"{kind}-{seed}"
+            runs.append((folder, start(folder, f"{line} rollout.share_base={share} seed={seed}")))
+    for folder, process in runs:
+        print(folder.name, "ended with", process.wait(), flush=True)
+    print("| base | seed | before | after | reward, first 5 | last 5 | mean | log-prob gap | torch reserved, MB | s |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    means: dict[str, list[float]] = {}
+    for folder, _ in runs:
+        summary = json.loads((folder / "summary.json").read_text())
+        logged = metrics(folder)
+        rewards = [m["reward"] for m in logged]
+        gap = statistics.mean(m["sampling/sampling_logp_difference/mean"] for m in logged)
+        reserved = max(m["memory/torch_reserved"] for m in logged) / 1e6
+        kind, _, seed = folder.name.partition("-")
+        means.setdefault(kind, []).append(statistics.mean(rewards))
+        cells = [kind, seed, f"{summary['before']:.3f}", f"{summary['after']:.3f}"]
+        cells += [f"{statistics.mean(part):.3f}" for part in (rewards[:5], rewards[-5:], rewards)]
+        cells += [f"{gap:.4f}", f"{reserved:,.0f}", f"{summary['train_seconds']:.0f}"]
+        print(f"| {' | '.join(cells)} |")
+    for kind, values in means.items():
+        print(
+            f"{kind}: mean reward of a run {statistics.mean(values):.4f}, sd over seeds {statistics.stdev(values):.4f}"
+        )
+    draw(arguments.out, [folder for folder, _ in runs])
+
+
+def draw(out: Path, folders: list[Path]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
+    for folder in folders:
+        rewards = [m["reward"] for m in metrics(folder)]
+        smooth = [statistics.mean(rewards[max(0, i - 4) : i + 1]) for i in range(len(rewards))]
+        shared = folder.name.startswith("shared")
+        label = ("one base" if shared else "two copies") if folder.name.endswith("-0") else None
+        axes.plot(smooth, color="tab:blue" if shared else "tab:orange", label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("reward, mean of 5 steps")
+    axes.legend()
+    figure.savefig(out / "shared_base_curves.png", dpi=110)
+
+
+def long(arguments: argparse.Namespace) -> None:
+    folder = arguments.out / "long"
+    code = start(folder, f"{COMMON} {LONG}").wait()
+    print("ended with", code, flush=True)
+    print("\n".join(folder.with_suffix(".log").read_text().splitlines()[-40:]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--long", action="store_true")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    long(arguments) if arguments.long else curves(arguments)
+
+
+if __name__ == "__main__":
+    main()
