@@ -18,8 +18,8 @@ COMMON = "rollout=vllm rollout.enforce_eager=true logger.samples=0 logger.progre
 CURVES = """model=hub trainer.learning_rate=1e-4 trainer.lr_scheduler_type=linear trainer.warmup_steps=2
     data=arithmetic data.task.digits=3 data.task.min_digits=2 data.task.operations=['+','*'] data.train_size=2000
     data.eval_size=100 trainer.max_completion_length=16 rollout.gpu_memory_utilization=0.1 rollout.kv_cache_gb=2"""
-LONG = """trainer.max_steps=500 trainer.per_device_train_batch_size=16 trainer.num_generations=4 data.eval_size=4
-    data.train_size=2000 trainer.max_completion_length=6 rollout.kv_cache_gb=4 trainer.logging_steps=1"""
+LONG = """data.task.digits=2 trainer.max_steps=500 trainer.per_device_train_batch_size=16 trainer.num_generations=4 data.eval_size=4
+    trainer.max_completion_length=6 rollout.kv_cache_gb=4 trainer.logging_steps=1"""
 
 
 def start(folder: Path, line: str) -> subprocess.Popen:
