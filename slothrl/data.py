@@ -129,7 +129,7 @@ def _load_code(config: DataConfig) -> Loaded:
     else:
         raw, _, origin = _load_hub(config)
     rows, left_out = code_rows(iterate(raw), origin)
-    note = f"; {left_out} rows left out, whose tests are no plain comparisons" if left_out else ""
+    note = f"; {left_out} rows left out, whose tests cannot be judged outside the sandbox" if left_out else ""
     return as_dataset(rows, origin), None, f"code ({origin}{note})"
 
 

@@ -107,6 +107,14 @@ def test_long_inputs_and_outputs():
         ("class Solution:\n    def twice(self, x): return x * 2", "assert Solution().twice(4) == 8", 1.0),
         ("def f(x): return {1: {2, 3}, 'k': None}", "assert f(0) == {1: {3, 2}, 'k': None}", 1.0),
         ("def f(x): return 10 ** 50, b'x', 1j", "assert f(0) == (10 ** 50, b'x', 1j)", 1.0),
+        # What MBPP has: only the truth of a match object counts, containers of other types, computed expectations.
+        ("import re\ndef f(x): return re.search('b', x)", ["assert f('abc')", "assert not f('a')"], 1.0),
+        ("import re\ndef f(x): return re.search('b', x)", ["assert f('abc') and f('b')", "assert f('b') == True"], 0.5),
+        ("bool = 0\ndef f(x): return None", ["assert f(1)", "assert not f(1)"], 0.5),
+        ("from collections import Counter as f", "assert f('aab') == {'a': 2, 'b': 1}", 1.0),
+        ("from collections import namedtuple\nf = namedtuple('P', 'x y')", "assert f(1, y=[2]) == (1, [2])", 1.0),
+        ("def f(x): return 'ab' * x, (-2 + 3j), 7 // 2", "assert f(2) == ('ab' * 2, (-2 + 3j), 7 // 2)", 1.0),
+        ("def f(x): return type(x).__name__", ["assert f((1, 2)) == 'tuple'", "assert f({1}) == 'set'"], 1.0),
     ],
 )  # fmt: skip
 def test_asserts(code, test, expected):
@@ -133,6 +141,8 @@ def test_humaneval_form():
         "assert (lambda: f(1))() == 1",
         "assert f(1) == expected",
         "assert f(1) == ",
+        "assert f(1) == 'a' * 10 ** 9",
+        "assert f(1) == len(3)",
         "import os\nos.system('true')",
     ],
 )
@@ -154,6 +164,10 @@ CHEATS = {
     "lying eq": (
         "class Liar(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\n"
         "def f(x): return Liar()"
+    ),
+    "lying list": (
+        "class Liar(list):\n    def __eq__(self, other): return True\n    def __iter__(self): return iter([self])\n"
+        "    __len__ = lambda self: 2\ndef f(x): return Liar()"
     ),
     "lying class": "class Any:\n    def __eq__(self, other): return True\n    __class__ = int\ndef f(x): return Any()",
     "overwritten builtins": (

@@ -12,7 +12,7 @@ from slothrl.compose import compose_config
 from slothrl.config import DataConfig
 from slothrl.data import load_data, static_data_problems
 from slothrl.errors import UserError
-from slothrl.tasks_code import asserted, code_problems, code_rows
+from slothrl.tasks_code import code_problems, code_rows, separable
 from slothrl.tasks_format import format_questions
 from slothrl.tasks_math import latex, math_problems, polynomial, problem_rows
 
@@ -99,7 +99,7 @@ HUMAN_EVAL = {
     "prompt": 'def twice(x):\n    """Twice x."""\n',
     "entry_point": "twice",
     "canonical_solution": "    return 2 * x\n",
-    "test": "def check(candidate):\n    assert candidate(2) == 4\n    assert abs(candidate(0.5) - 1.0) < 1e-6\n"
+    "test": "def check(candidate):\n    assert candidate(2) == 4, 'two'\n    assert abs(candidate(0.5) - 1.0) < 1e-6\n"
     "    for i in range(3):\n        assert candidate(i) == 2 * i\n",
 }
 MBPP = {
@@ -107,16 +107,19 @@ MBPP = {
     "text": "Write a function to join.",
     "code": "def join(a):\r\n  return ''.join(a)",
     "test_list": ["assert join(('a','b')) == 'ab'", "assert join([]) == ''"],
+    "test_setup_code": "",
+    "challenge_test_list": [],
 }
 OURS = {"prompt": "Write one().", "tests": [{"args": [], "expected": 1}], "entry_point": "one"}
 
 
 def test_code_of_other_shapes(tmp_path):
-    rows, left_out = code_rows([HUMAN_EVAL, MBPP, OURS, {**MBPP, "test_list": ["assert f(x) == g(x)"]}], "here")
-    assert left_out == 1
+    set_up = {**MBPP, "test_setup_code": "root = 1"}
+    rows, left_out = code_rows([HUMAN_EVAL, MBPP, OURS, {**MBPP, "test_list": ["assert f(x) == g(x)"]}, set_up], "here")
+    assert left_out == 2
     assert [row["entry_point"] for row in rows] == ["twice", "join", "one"]
-    assert json.loads(rows[0]["tests"]) == [{"args": [2], "expected": 4}, {"args": [0.5], "expected": 1.0}]
-    assert json.loads(rows[1]["tests"])[0] == {"args": [["a", "b"]], "expected": "ab"}
+    assert json.loads(rows[0]["tests"]) == ["assert candidate(2) == 4", "assert abs(candidate(0.5) - 1.0) < 1e-06"]
+    assert json.loads(rows[1]["tests"])[0] == "assert join(('a', 'b')) == 'ab'"
     assert "return 2 * x" in rows[0]["solution"] and "assert join" in rows[1]["prompt"]
     path = tmp_path / "mbpp.jsonl"
     path.write_text("".join(json.dumps(MBPP | {"task_id": n, "text": f"{n}"}) + "\n" for n in range(5)))
@@ -125,11 +128,33 @@ def test_code_of_other_shapes(tmp_path):
 
 
 def test_asserts_are_read_and_not_run():
-    source = "assert f(1)\nassert not f(2)\nassert f(3) is None\nassert f([1], 'a') == {'b': -1}\n"
-    source += "assert f(x) == 1\nassert f(1, k=2) == 3\nassert f({1: 2}) == 1\nassert f(1) == {1}\nassert exit() == 1\n"
-    assert [(t["args"], t["expected"]) for t in asserted(source, {"f"})] == [
-        ([1], True), ([2], False), ([3], None), ([[1], "a"], {"b": -1}),
-    ]  # fmt: skip
+    kept = ["f(1)", "not f(2)", "f(3) is None", "f([1], 'a') == {1: -1}", "f(1, k=2) == {3}",
+            "set(f((1, 2))) == set([1])",
+            "math.isclose(f(2j, int), 0.5, rel_tol=0.01)",
+            "f([x for x in range(3)]) == 'ab' * 2"]  # fmt: skip
+    dropped = ["f(x) == 1", "exit() == 1", "f(Node(1)) == 1", "f(1) == g(1)", "f(1) == [n for n in range(3)]",
+               "f(1) == 'a' * 10 ** 9", "f(1) == 'a' - 1", "True", "1 == 1"]  # fmt: skip
+    source = "import math\n" + "".join(f"assert {text}\n" for text in (*kept, *dropped))
+    assert separable(source, "f") == [f"assert {text}" for text in kept]
+    assert separable("if f(0):\n    assert f(1) == 1\ndef check(candidate):\n    assert candidate(1)\n", "f") == [
+        "assert candidate(1)"
+    ]
+    with pytest.raises(SyntaxError):
+        separable("assert (", "f")
+
+
+@pytest.mark.parametrize(
+    ("code", "tests", "name"),
+    [
+        ("def helper(x): return x\ndef f(x): return helper(x)", ["assert f(1) == 1"], "f"),
+        ("def sum(a, b): return a + b", ["assert sum(1, 2) == 3"], "sum"),
+        ("def f(x): return x", ["assert set(f([1])) == set([1])"], "f"),
+        ("no Python", ["assert len(f(1)) == 1"], "f"),
+    ],
+)
+def test_the_function_that_mbpp_tests(code, tests, name):
+    ((row,), _) = code_rows([{**MBPP, "code": code, "test_list": tests}], "here")
+    assert row["entry_point"] == name
 
 
 @pytest.mark.parametrize(
@@ -137,6 +162,7 @@ def test_asserts_are_read_and_not_run():
     [
         ({"prompt": "x"}, "data=code needs prompt, tests and entry_point"),
         ({**OURS, "tests": "[1]"}, "tests must be a list"),
+        ({**OURS, "tests": ["assert one("]}, "row 1: a test that does not parse"),
         ({**HUMAN_EVAL, "test": "def ("}, "row 1"),
         ({**MBPP, "test_list": ["assert True"]}, "no row with a test"),
     ],
