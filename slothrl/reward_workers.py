@@ -40,6 +40,8 @@ class Worker:
         start: what `slothrl.reward_worker.serve` reads first.
         name: the function's, for messages.
         timeout: seconds between a request and its answer.
+        files: {path: SHA-256} of the files that the function is made of, as its first process saw them; shared by the
+            workers of one function. A later process that sees another one is refused.
 
     Attributes:
         described: what the process said about its function.
@@ -47,8 +49,8 @@ class Worker:
         deadline: when the process is killed, in `time.monotonic()`'s seconds.
     """
 
-    def __init__(self, start: dict[str, Any], name: str, timeout: float):
-        self.start, self.name, self.timeout = start, name, timeout
+    def __init__(self, start: dict[str, Any], name: str, timeout: float, files: dict[str, str]):
+        self.start, self.name, self.timeout, self.files = start, name, timeout, files
         self.described: dict[str, Any] = {}
         self.result: dict[str, Any] | None = None
         self.deadline = math.inf
@@ -139,12 +141,25 @@ class Worker:
             memory = re.search("MemoryError|llocate|map segment", record["failed"])
             knob = f"; reward.memory_gb={self.start['memory_gb']:g} may be too little" if memory else ""
             self.result = {"status": "load", "message": record["failed"] + knob}
+        elif changed := self._changed(record["files"]):
+            self.close()
+            self.result = {"status": "load", "message": changed}
         else:
             self._loaded, self.described = True, record
             if self._request is None:
                 self.result = {"status": "ready"}
             else:
                 self._send(self._request, self.timeout)
+
+    def _changed(self, files: dict[str, str]) -> str:
+        """What is wrong where a file was edited since the first process read it, "" where none was."""
+        for path, digest in files.items():
+            if (first := self.files.setdefault(path, digest)) != digest:
+                return (
+                    f"reward {self.name}: {path} was edited in mid-run (sha256 {first[:12]} at the start, now "
+                    f"{digest[:12]}) and would be read anew; put the old file back and resume, or begin a new run"
+                )
+        return ""
 
     def _on_end(self) -> None:
         assert self._process is not None
@@ -231,7 +246,8 @@ class WorkerPool:
 
     def __init__(self, start: dict[str, Any], name: str, count: int, timeout: float):
         self.start, self.name, self.timeout = start, name, timeout
-        self.workers = [Worker(start, name, timeout) for _ in range(count)]
+        files: dict[str, str] = {}
+        self.workers = [Worker(start, name, timeout, files) for _ in range(count)]
         weakref.finalize(self, _close_all, self.workers)  # a run that was given up leaves no process behind
 
     @property

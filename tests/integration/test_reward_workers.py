@@ -136,6 +136,38 @@ def test_a_slow_batch_of_fast_completions(folder, capfd):
     assert "in smaller calls the same completions went well" in capfd.readouterr().err
 
 
+COUNTING = """\
+import os, sys
+sys.path.append(os.path.dirname(__file__))
+from helper import STEP
+calls = 0
+
+def counting(completions, **_):
+    global calls
+    if "exit" in completions:
+        os._exit(3)
+    calls += STEP
+    return [calls] * len(completions)
+"""
+
+
+@pytest.mark.parametrize("edited", ["count.py", "helper.py"])
+def test_an_edited_file_is_not_picked_up_in_mid_run(edited, folder, capfd):
+    """Half a run with one reward and half with another would be a curve of neither."""
+    (folder / "count.py").write_text(COUNTING, encoding="utf-8")
+    (folder / "helper.py").write_text("STEP = 1\n", encoding="utf-8")
+    reward = opened(folder, "count.py:counting", workers=2, timeout=20.0)
+    assert call(reward, ["exit", "a"]) == [None, 1]
+    assert call(reward, ["a", "a"]) == [1, 2]  # the first worker's new process saw the same files
+    before = (folder / edited).read_text()
+    (folder / edited).write_text(before.replace("STEP = 1", "STEP = 100").replace("+= STEP", "+= 100 * STEP"))
+    assert call(reward, ["a", "exit"]) == [2, None]  # a process that runs has what it began with
+    with pytest.raises(UserError, match=rf"reward counting: .*/{edited} was edited in mid-run \(sha256 \w{{12}} at"):
+        call(reward, ["a", "a"])
+    (folder / edited).write_text(before)
+    assert call(reward, ["a", "a"])[1] == 1
+
+
 # --- what becomes of failures ---------------------------------------------------------------------------------------
 
 
