@@ -2,10 +2,11 @@
 
 import json
 import shutil
+import time
 
 import pytest
 from slothrl_rewards.code import code_tests, extract_code, judge
-from slothrl_rewards.sandbox import Limits, Outcome
+from slothrl_rewards.sandbox import Limits, Outcome, SandboxUnavailable
 from slothrl_rewards.sandbox.asserts import Unseparable, parse_asserts
 
 needs_bwrap = pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
@@ -32,6 +33,7 @@ def score(code, tests, entry_point=None, **options):
         ("```\na\n```", "a\n"),
         ("```py\ncut off", "cut off"),
         ("```Python3\na\n```", "a\n"),
+        ("```python\r\na\r\n```\r\nDone.", "a\r\n"),
         ("```python\ns = '```'\nb\n```", "s = '```'\nb\n"),
         ("", ""),
     ],
@@ -243,14 +245,31 @@ def test_statuses_and_logs(monkeypatch):
     assert extra["code_status"] == ["ok", "wrong", "timeout", "crash", None]
     assert logged == {f"code/{name}": 0.25 for name in ("ok", "wrong", "timeout", "crash")} | {"code/infra": 0.0}
     monkeypatch.setattr("slothrl_rewards.code.run_python", lambda *a, **k: Outcome("infra", detail="no bwrap today"))
-    with pytest.warns(RuntimeWarning, match="2 of 2 sandboxes failed, their samples are masked: no bwrap today"):
-        assert code_tests(["?"] * 2, codes[:2], tests=[DOUBLE] * 2, entry_point="f") == [None, None]
+    with pytest.raises(SandboxUnavailable, match="each of 2 sandboxes failed: no bwrap today"):
+        code_tests(["?"] * 2, codes[:2], tests=[DOUBLE] * 2, entry_point="f")
+    fates = iter([Outcome("infra", detail="no bwrap today"), Outcome("crash", detail="exit code 1")])
+    monkeypatch.setattr("slothrl_rewards.code.run_python", lambda *a, **k: next(fates))
+    with pytest.warns(RuntimeWarning, match="1 of 2 sandboxes failed, their samples are masked: no bwrap today"):
+        assert code_tests(["?"] * 2, codes[:2], tests=[DOUBLE] * 2, entry_point="f", workers=1) == [None, 0.0]
 
 
 @needs_bwrap
 def test_right_output_does_not_excuse_a_hang():
     verdict = judge("print(3, flush=True)\nwhile True: pass", SUMS, limits=Limits(seconds=0.5))
     assert (verdict.status, verdict.passed) == ("timeout", (False, False))
+
+
+@needs_bwrap
+def test_the_least_memory_runs_python():
+    assert score("def f(x): return x * 2", DOUBLE, "f", memory_mb=64) == 1.0
+
+
+@needs_bwrap
+def test_colliding_integers_do_not_hold_the_judge_up():
+    code = "def f(): return [n * (2 ** 61 - 1) for n in range(25000)]"
+    begun = time.monotonic()
+    assert score(code, ["assert set(f()) == {1}", "assert len(dict(f())) == 1"]) == 0.0
+    assert time.monotonic() - begun < 3
 
 
 @needs_bwrap

@@ -177,6 +177,7 @@ def test_a_sandbox_that_leaks_is_refused(mark, monkeypatch):
 
 def test_without_bubblewrap(monkeypatch):
     monkeypatch.setattr(sandbox_run, "_ready", {})
+    monkeypatch.setattr(sandbox_run, "_none", {})
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(SandboxUnavailable, match="apt-get install bubblewrap"):
         run_python("print(1)")

@@ -125,6 +125,14 @@ def test_code_of_other_shapes(tmp_path):
     path.write_text("".join(json.dumps(MBPP | {"task_id": n, "text": f"{n}"}) + "\n" for n in range(5)))
     splits = load_data(DataConfig(source="code", path=str(path), eval_size=1, answer_column=None))
     assert len(splits.train) == 4
+    own = tmp_path / "held_out.jsonl"
+    mixed = [{"args": [1, "a"], "expected": None}, {"args": [[]], "expected": 1.5}]
+    own.write_text(json.dumps({**OURS, "tests": mixed}) + "\n")
+    config = DataConfig(source="code", path=str(path), eval_path=str(own), answer_column=None)
+    splits = load_data(config)
+    assert (len(splits.train), splits.eval and splits.eval["entry_point"]) == (5, ["one"])
+    config.eval_path = str(tmp_path / "gone.jsonl")
+    assert "there is no" in static_data_problems(config)[0]
 
 
 def test_asserts_are_read_and_not_run():

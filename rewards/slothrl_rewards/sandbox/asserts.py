@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .values import MAX_KEYS
+
 _MAX_RANGE, _MAX_BITS = 100_000, 4096
 _COMPARE: dict[type, Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
@@ -26,10 +28,19 @@ _BINARY = {
 }  # fmt: skip
 _UNARY = {ast.Not: operator.not_, ast.USub: operator.neg, ast.UAdd: operator.pos}
 _HELPERS: dict[str, Callable[..., Any]] = {
-    "abs": abs, "bool": bool, "dict": dict, "float": float, "frozenset": frozenset, "int": int, "isclose": math.isclose,
-    "len": len, "list": list, "max": max, "min": min, "round": round, "set": set, "sorted": sorted, "str": str,
+    "abs": abs, "bool": bool, "dict": lambda *given, **words: dict(*map(_hashed, given), **words), "float": float,
+    "frozenset": lambda *given: frozenset(*map(_hashed, given)), "int": int, "isclose": math.isclose, "len": len,
+    "list": list, "max": max, "min": min, "round": round, "set": lambda *given: set(*map(_hashed, given)),
+    "sorted": sorted, "str": str,
     "sum": sum, "tuple": tuple, "all": all, "any": any,
 }  # fmt: skip
+
+
+def _hashed(items: Any) -> Any:
+    """Items for a set or dict: integers can be chosen to collide, and the time to put them in grows with the square."""
+    if len(items) > MAX_KEYS:
+        raise ValueError("too large a set or dict")
+    return items
 
 
 class Unseparable(ValueError):
