@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import sys
 import types
 from fractions import Fraction
@@ -12,19 +13,49 @@ from slothrl.compose import compose_config
 from slothrl.config import DataConfig
 from slothrl.data import load_data, static_data_problems
 from slothrl.errors import UserError
+from slothrl.rewards import load_rewards, load_score
 from slothrl.tasks_code import code_problems, code_rows, separable
 from slothrl.tasks_format import format_questions
 from slothrl.tasks_math import latex, math_problems, polynomial, problem_rows
 
 
-@pytest.mark.parametrize("name", ["math", "code", "format"])
-def test_one_word_brings_prompt_and_reward(name):
-    config = compose_config([f"data={name}", "gpu=cpu"])
+@pytest.mark.parametrize("name", ["arithmetic", "countdown", "gsm8k", "math", "code", "format"])
+def test_one_word_brings_prompt_and_reward(name, tmp_path):
+    config = compose_config([f"data={name}", "gpu=cpu"])  # which refuses what does not fit together
     assert config.data.source == name and config.data.system
-    assert config.reward.functions and config.reward.score in config.reward.functions
+    assert config.reward.functions and config.reward.score
+    if name == "gsm8k":  # from the hub, unless there is a folder
+        rows = [{"question": f"What is {n} + 1?", "answer": f"Add one.\n#### {n + 1}"} for n in range(300)]
+        for part, chosen in (("train", rows[:60]), ("test", rows[60:])):
+            (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+        config.data.path = str(tmp_path)
     splits = load_data(config.data)
     assert len(splits.train) >= 20 and len(splits.eval) == config.data.eval_size
     assert not set(splits.train["prompt"]) & set(splits.eval["prompt"])
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "countdown", "gsm8k", "math", "code", "format"])
+def test_the_right_answer_gets_the_full_score_of_one_word(name, tmp_path):
+    """Prompt, columns and reward of each preset fit together: the data's own answer scores 1, an empty one less."""
+    if name == "math":
+        pytest.importorskip("math_verify")
+    if name == "code" and not shutil.which("bwrap"):
+        pytest.skip("bubblewrap is not installed")
+    config = compose_config([f"data={name}", "gpu=cpu", "data.eval_size=8"])
+    if name == "gsm8k":
+        row = {"question": "What is 1,233 + 1?", "answer": "Add one.\n#### 1,234"}
+        (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps({**row, 'n': n})}\n" for n in range(20)))
+        config.data.path, config.data.eval_size = str(tmp_path), 0
+    rows = [dict(row) for row in load_data(config.data).train.select(range(8))]
+    texts = [row.get("solution") or row["answer"] for row in rows]
+    if name == "format":
+        texts = [f"<think>\nEasy.\n</think>\n<answer>{text}</answer>" for text in texts]
+    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+    score = load_score(config.reward, load_rewards(config.reward))
+    assert score is not None
+    prompts = [row["prompt"] for row in rows]
+    assert score(prompts=prompts, completions=texts, **columns) == [1.0] * 8
+    assert score(prompts=prompts, completions=[""] * 8, **columns) == [0.0] * 8
 
 
 def test_math_levels():
