@@ -25,11 +25,12 @@ from typing import Any
 from slothrl import reward_worker
 
 STATUSES = ("ok", "exception", "timeout", "crash", "out_of_memory", "wrong_length", "wrong_type", "nan")
-# After these the process is gone: a second try costs a deadline or a start, so completions are tried one by one.
-FATAL = ("timeout", "crash", "out_of_memory")
+FATAL = ("timeout", "crash", "out_of_memory")  # the process is gone, a new try is dear: completions go one by one
 START_SECONDS = 120.0  # to import what the function's module imports
 OUTPUT_KEPT = 16_384  # bytes of what a function printed; the rest is read and dropped
+ANSWER_MOST = 1 << 28  # bytes of scores and logs: the trainer's memory is not the function's to fill
 _CHUNK = 1 << 20
+_SIGNALS = {int(number): number.name for number in signal.Signals}  # the real-time ones have no names
 _LIVE: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
@@ -129,6 +130,9 @@ class Worker:
             self._on_answer(json.loads(self._incoming))
         elif not data:
             self._on_end()
+        elif len(self._incoming) > ANSWER_MOST:
+            self.close()
+            self._fail("out_of_memory", f"reward {self.name} logged more than {ANSWER_MOST >> 20} MiB in one call")
 
     def _on_answer(self, record: dict[str, Any]) -> None:
         self._incoming = bytearray()
@@ -168,7 +172,7 @@ class Worker:
         while self._process.stderr and not self._process.stderr.closed and self._read_output(self._process.stderr):
             pass
         code, printed = self.close(), self.printed
-        ended = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        ended = f"by signal {_SIGNALS.get(-code, -code)}" if code < 0 else f"with exit code {code}"
         memory = code == -signal.SIGKILL or re.search(r"\bMemoryError\b|bad_alloc", printed)
         doubt = "; out of memory? set reward.memory_gb" if memory else ""
         message = f"reward {self.name}: its process ended {ended}{self._place(printed)}{doubt}"

@@ -25,6 +25,8 @@ def fault(text):
         return 9**9**8  # one C call that never gives the interpreter back
     if text == "exit":
         os._exit(0)
+    if text == "signal":
+        os.kill(os.getpid(), 40)  # a real-time one, which has no name
     if text == "segv":
         ctypes.string_at(0)
     if text == "leak":
@@ -72,10 +74,11 @@ KINDS = {
     "sleep": ("timeout", r"reward faults took more than 1.5 s \(reward.timeout\), at faults.py, line 7"),
     "busy": ("timeout", r"reward faults took more than 1.5 s \(reward.timeout\), at faults.py, line 9"),
     "exit": ("crash", "reward faults: its process ended with exit code 0"),
-    "segv": ("crash", "reward faults: its process ended by signal SIGSEGV, at faults.py, line 13"),
-    "leak": ("out_of_memory", r"reward faults raised MemoryError \(faults.py, line 16\)"),
-    "raise": ("exception", r"reward faults raised ValueError: no such unit \(faults.py, line 18\)"),
-    "quit": ("exception", r"reward faults raised SystemExit: 0 \(faults.py, line 20\)"),
+    "signal": ("crash", "reward faults: its process ended by signal 40"),
+    "segv": ("crash", "reward faults: its process ended by signal SIGSEGV, at faults.py, line 15"),
+    "leak": ("out_of_memory", r"reward faults raised MemoryError \(faults.py, line 18\)"),
+    "raise": ("exception", r"reward faults raised ValueError: no such unit \(faults.py, line 20\)"),
+    "quit": ("exception", r"reward faults raised SystemExit: 0 \(faults.py, line 22\)"),
     "text": ("wrong_type", r"reward faults returned a str \('good'\) where a number or None is expected"),
     "inf": ("wrong_type", "reward faults returned inf where a finite number is expected"),
     "short": ("wrong_length", "reward short returned 0 scores for 1 completions"),
@@ -117,6 +120,18 @@ def test_all_kinds_in_one_batch(folder, capfd):
         "ok": 73, "timeout": 1, "crash": 2, "out_of_memory": 1, "exception": 1, "wrong_type": 1, "nan": 1
     }  # fmt: skip
     assert capfd.readouterr().err.count("shown once") == 6
+
+
+def test_endless_logs_do_not_fill_the_trainers_memory(folder, capfd):
+    (folder / "logs.py").write_text(
+        "def logs(completions, log_extra, **_):\n    if 'log' in completions:\n"
+        "        log_extra('x', ['y' * 300_000_000])\n    return [1.0] * len(completions)\n"
+    )
+    reward = opened(folder, "logs.py:logs", timeout=60.0, memory_gb=4.0)
+    ignored = {"log_metric": lambda *_: None, "log_extra": lambda *_: None}
+    assert call(reward, ["a", "log"], **ignored) == [1.0, None]
+    assert reward.ledger.counts == {"ok": 1, "out_of_memory": 1}
+    assert "reward logs logged more than 256 MiB in one call" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["sleep", "busy"])
