@@ -17,6 +17,7 @@ import os
 import resource
 import signal
 import sys
+import sysconfig
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,9 +123,12 @@ class Function:
 def imported_files() -> dict[str, str]:
     """SHA-256 of each imported source file that was not installed: the function's own and what it is made of."""
     found = {}
+    installed = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
     for module in list(sys.modules.values()):
         path = getattr(module, "__file__", None)
-        if isinstance(path, str) and path.endswith(".py") and not path.startswith((sys.prefix, sys.base_prefix)):
+        if not isinstance(path, str) or not path.endswith(".py"):
+            continue
+        if not path.startswith(installed) and "/dist-packages/" not in path:
             with contextlib.suppress(OSError):
                 found[os.path.abspath(path)] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return found

@@ -172,6 +172,8 @@ def test_an_edited_file_is_not_picked_up_in_mid_run(edited, folder, capfd):
     (folder / "count.py").write_text(COUNTING, encoding="utf-8")
     (folder / "helper.py").write_text("STEP = 1\n", encoding="utf-8")
     reward = opened(folder, "count.py:counting", workers=2, timeout=20.0)
+    assert {str(folder / "count.py"), str(folder / "helper.py")} <= set(reward.pool.workers[0].files)
+    assert not any("/json/" in file or "-packages/" in file for file in reward.pool.workers[0].files)
     assert call(reward, ["exit", "a"]) == [None, 1]
     assert call(reward, ["a", "a"]) == [1, 2]  # the first worker's new process saw the same files
     before = (folder / edited).read_text()
