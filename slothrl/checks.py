@@ -128,6 +128,9 @@ def _ranges(config: Any) -> list[str]:
     for key in ("reward.timeout", "reward.memory_gb"):
         if not 0 < (value := OmegaConf.select(config, key)) < float("inf"):
             found.append(f"{key}={value}: must be over 0")
+    for value in config.reward.weights or []:
+        if not abs(value) < float("inf"):  # NaN too
+            found.append(f"reward.weights={list(config.reward.weights)}: {value} is no finite number")
     if not 0 <= (value := config.reward.max_failure_rate) <= 1:
         found.append(f"reward.max_failure_rate={value}: must be in [0, 1]")
     for key in ("rollout.gpu_memory_utilization", "model.lora.lora_dropout"):

@@ -122,15 +122,18 @@ def _load_math(config: DataConfig) -> Loaded:
 def _load_code(config: DataConfig) -> Loaded:
     if config.path is None and config.name is None:
         return as_dataset(code_problems(), "code"), None, "code (the set that ships with slothrl)"
-    if config.path is not None:
-        origin, raw = config.path, read(Path(config.path), "data.path")
+    if config.path is not None:  # not through a table: a column of tests holds values of all kinds
+        raw, origin = read(Path(config.path), "data.path"), config.path
+        held_out = read(Path(config.eval_path), "data.eval_path") if config.eval_path else None
     elif config.name == "humaneval":
-        origin, raw = "humaneval", human_eval_rows()
+        raw, held_out, origin = human_eval_rows(), None, "humaneval"
     else:
-        raw, _, origin = _load_hub(config)
-    rows, left_out = code_rows(iterate(raw), origin)
-    note = f"; {left_out} rows left out, whose tests are no plain comparisons" if left_out else ""
-    return as_dataset(rows, origin), None, f"code ({origin}{note})"
+        raw, held_out, origin = _load_hub(config)
+    made = [code_rows(iterate(rows), origin) for rows in (raw, held_out) if rows is not None]
+    left_out = sum(count for _, count in made)
+    note = f"; {left_out} rows left out, whose tests cannot be judged outside the sandbox" if left_out else ""
+    found = [as_dataset(rows, origin) for rows, _ in made]
+    return found[0], found[1] if held_out is not None else None, f"code ({origin}{note})"
 
 
 def _load_file(config: DataConfig) -> Loaded:

@@ -66,6 +66,8 @@ def _columns_ahead(config: DataConfig) -> list[str] | None:
     """Columns that the source will have, None where only loading tells; raises UserError for what is wrong already."""
     if config.source in ("math", "code") and config.path is not None:
         check_file(Path(config.path), "data.path")
+        if config.eval_path is not None:
+            check_file(Path(config.eval_path), "data.eval_path")
         return None  # columns of several shapes, which the rows themselves tell
     if config.source == "code":
         return COLUMNS if config.name in (None, "humaneval") else None

@@ -55,8 +55,8 @@ def reward_model(
     """
     if not model:
         raise UserError("reward_model has no model: give one with reward.params.reward_model.model=owner/name")
-    if dtype not in _DTYPES or batch_size < 1:
-        raise UserError(f"reward_model needs dtype as one of {', '.join(_DTYPES)} and batch_size >= 1")
+    if dtype not in _DTYPES or batch_size < 1 or (max_length is not None and max_length < 1):
+        raise UserError(f"reward_model needs dtype as one of {', '.join(_DTYPES)}, batch_size and max_length >= 1")
     network, tokenizer = _load(str(model), revision, str(device), str(dtype))
     if not 0 <= label < int(network.config.num_labels or 0):
         raise UserError(f"reward_model: label={label}, but {model} has {network.config.num_labels}")

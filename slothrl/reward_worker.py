@@ -7,14 +7,17 @@ accord. `python -m slothrl.reward_worker --reproduce FILE` repeats a call that f
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import errno
 import faulthandler
+import hashlib
 import json
 import os
 import resource
 import signal
 import sys
+import sysconfig
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,6 +60,7 @@ class Function:
             "takes_all": reward.takes_all,
             "needs_main_process": bool(getattr(function, "needs_main_process", False)),
             "file": code.co_filename if code else "",
+            "files": imported_files(),
         }
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -114,6 +118,20 @@ class Function:
                 statuses.append("wrong_type")
                 message = message or f"reward {self.reward.name} returned {error}"
         return {"scores": values, "statuses": statuses, "message": message, "traceback": ""}
+
+
+def imported_files() -> dict[str, str]:
+    """SHA-256 of each imported source file that was not installed: the function's own and what it is made of."""
+    found = {}
+    installed = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    for module in list(sys.modules.values()):
+        path = getattr(module, "__file__", None)
+        if not isinstance(path, str) or not path.endswith(".py"):
+            continue
+        if not path.startswith(installed) and "/dist-packages/" not in path:
+            with contextlib.suppress(OSError):
+                found[os.path.abspath(path)] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return found
 
 
 def _state(given: dict[str, Any] | None) -> SimpleNamespace | None:

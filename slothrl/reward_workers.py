@@ -25,11 +25,12 @@ from typing import Any
 from slothrl import reward_worker
 
 STATUSES = ("ok", "exception", "timeout", "crash", "out_of_memory", "wrong_length", "wrong_type", "nan")
-# After these the process is gone: a second try costs a deadline or a start, so completions are tried one by one.
-FATAL = ("timeout", "crash", "out_of_memory")
+FATAL = ("timeout", "crash", "out_of_memory")  # the process is gone, a new try is dear: completions go one by one
 START_SECONDS = 120.0  # to import what the function's module imports
 OUTPUT_KEPT = 16_384  # bytes of what a function printed; the rest is read and dropped
+ANSWER_MOST = 1 << 28  # bytes of scores and logs: the trainer's memory is not the function's to fill
 _CHUNK = 1 << 20
+_SIGNALS = {int(number): number.name for number in signal.Signals}  # the real-time ones have no names
 _LIVE: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
@@ -40,6 +41,8 @@ class Worker:
         start: what `slothrl.reward_worker.serve` reads first.
         name: the function's, for messages.
         timeout: seconds between a request and its answer.
+        files: {path: SHA-256} of the files that the function is made of, as its first process saw them; shared by the
+            workers of one function. A later process that sees another one is refused.
 
     Attributes:
         described: what the process said about its function.
@@ -47,8 +50,8 @@ class Worker:
         deadline: when the process is killed, in `time.monotonic()`'s seconds.
     """
 
-    def __init__(self, start: dict[str, Any], name: str, timeout: float):
-        self.start, self.name, self.timeout = start, name, timeout
+    def __init__(self, start: dict[str, Any], name: str, timeout: float, files: dict[str, str]):
+        self.start, self.name, self.timeout, self.files = start, name, timeout, files
         self.described: dict[str, Any] = {}
         self.result: dict[str, Any] | None = None
         self.deadline = math.inf
@@ -127,6 +130,9 @@ class Worker:
             self._on_answer(json.loads(self._incoming))
         elif not data:
             self._on_end()
+        elif len(self._incoming) > ANSWER_MOST:
+            self.close()
+            self._fail("out_of_memory", f"reward {self.name} logged more than {ANSWER_MOST >> 20} MiB in one call")
 
     def _on_answer(self, record: dict[str, Any]) -> None:
         self._incoming = bytearray()
@@ -139,12 +145,25 @@ class Worker:
             memory = re.search("MemoryError|llocate|map segment", record["failed"])
             knob = f"; reward.memory_gb={self.start['memory_gb']:g} may be too little" if memory else ""
             self.result = {"status": "load", "message": record["failed"] + knob}
+        elif changed := self._changed(record["files"]):
+            self.close()
+            self.result = {"status": "load", "message": changed}
         else:
             self._loaded, self.described = True, record
             if self._request is None:
                 self.result = {"status": "ready"}
             else:
                 self._send(self._request, self.timeout)
+
+    def _changed(self, files: dict[str, str]) -> str:
+        """What is wrong where a file was edited since the first process read it, "" where none was."""
+        for path, digest in files.items():
+            if (first := self.files.setdefault(path, digest)) != digest:
+                return (
+                    f"reward {self.name}: {path} was edited in mid-run (sha256 {first[:12]} at the start, now "
+                    f"{digest[:12]}) and would be read anew; put the old file back and resume, or begin a new run"
+                )
+        return ""
 
     def _on_end(self) -> None:
         assert self._process is not None
@@ -153,7 +172,7 @@ class Worker:
         while self._process.stderr and not self._process.stderr.closed and self._read_output(self._process.stderr):
             pass
         code, printed = self.close(), self.printed
-        ended = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        ended = f"by signal {_SIGNALS.get(-code, -code)}" if code < 0 else f"with exit code {code}"
         memory = code == -signal.SIGKILL or re.search(r"\bMemoryError\b|bad_alloc", printed)
         doubt = "; out of memory? set reward.memory_gb" if memory else ""
         message = f"reward {self.name}: its process ended {ended}{self._place(printed)}{doubt}"
@@ -231,7 +250,8 @@ class WorkerPool:
 
     def __init__(self, start: dict[str, Any], name: str, count: int, timeout: float):
         self.start, self.name, self.timeout = start, name, timeout
-        self.workers = [Worker(start, name, timeout) for _ in range(count)]
+        files: dict[str, str] = {}
+        self.workers = [Worker(start, name, timeout, files) for _ in range(count)]
         weakref.finalize(self, _close_all, self.workers)  # a run that was given up leaves no process behind
 
     @property

@@ -1,25 +1,26 @@
 """Functions to write: the set that ships with the package, and problems of HumanEval's and MBPP's shape.
 
-Tests are data, not code: [{"args": [...], "expected": value}]. The expected values so never enter a sandbox, and what
-cannot be written this way (loops, tolerances of one's own) is left out.
+Tests are arguments with expected values, or single asserts whose comparison can be made outside the sandbox. The
+expected values so never enter it, and what cannot be written this way (loops, tests with set-up code) is left out.
 """
 
 from __future__ import annotations
 
 import ast
+import builtins
 import gzip
 import importlib.util
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from slothrl_rewards.sandbox.asserts import Unseparable, parse_asserts
 
 from slothrl.errors import UserError
 from slothrl.tasks_code_set import PROBLEMS
 
 Row = dict[str, Any]
-Test = dict[str, Any]
 COLUMNS = ["prompt", "tests", "entry_point", "solution"]
 
 
@@ -38,11 +39,12 @@ def code_rows(rows: Iterable[Mapping[str, Any]], where: str) -> tuple[list[Row],
 
     Args:
         rows: of one of three shapes: `prompt`, `tests`, `entry_point`; HumanEval's `prompt`, `test`, `entry_point`,
-            `canonical_solution`; MBPP's `text` (or `prompt`), `test_list`, `code`.
+            `canonical_solution`; MBPP's `text` (or `prompt`), `test_list`, `code`, `test_setup_code`.
         where: what messages call the source.
 
     Returns:
-        (rows, how many were left out because none of their tests compares a call with a plain value).
+        (rows, how many were left out because none of their tests is an assert that can be judged outside the sandbox).
+        Of the last two shapes, `tests` is a JSON list of asserts; asserts that cannot be judged so are passed over.
 
     Raises:
         UserError: a row of another shape, or no row is left.
@@ -58,7 +60,7 @@ def code_rows(rows: Iterable[Mapping[str, Any]], where: str) -> tuple[list[Row],
         else:
             made.append(converted)
     if not made:
-        raise UserError(f"{where} has no row with a test that compares a call with a plain value")
+        raise UserError(f"{where} has no row with a test that can be judged outside the sandbox")
     return made, left_out
 
 
@@ -94,7 +96,7 @@ def _converted(row: Mapping[str, Any]) -> Row | None:
     if row.get("tests") is not None and row.get("entry_point") and row.get("prompt"):
         tests = row["tests"] if isinstance(row["tests"], str) else json.dumps(row["tests"])
         if not _well_formed(json.loads(tests)):
-            raise ValueError('tests must be a list of {"args": [...], "expected": value}')
+            raise ValueError('tests must be a list of {"args": [...], "expected": value} or of asserts')
         return {**row, "tests": tests}
     if row.get("test") and row.get("entry_point") and row.get("prompt"):
         return _human_eval(row)
@@ -107,7 +109,7 @@ def _converted(row: Mapping[str, Any]) -> Row | None:
 
 def _human_eval(row: Mapping[str, Any]) -> Row | None:
     name = row["entry_point"]
-    tests = asserted(row["test"], {"candidate", name})
+    tests = separable(row["test"], name)
     if not tests:
         return None
     code = row["prompt"] + (row.get("canonical_solution") or "    pass")
@@ -117,78 +119,62 @@ def _human_eval(row: Mapping[str, Any]) -> Row | None:
 
 
 def _mbpp(row: Mapping[str, Any]) -> Row | None:
-    lines = list(row["test_list"])
-    called = re.search(r"assert\s+(?:not\s+)?\(*\s*([A-Za-z_]\w*)\s*\(", lines[0])
-    tests = asserted("\n".join(lines), {called.group(1)}) if called else []
-    if not called or not tests:
+    lines, code = list(row["test_list"]), str(row.get("code") or "").replace("\r\n", "\n").strip()
+    name = None if (row.get("test_setup_code") or "").strip() else _called(lines[0], code)
+    tests = separable("\n".join(lines), name) if name else []
+    if not tests:
         return None
     prompt = f"{(row.get('text') or row['prompt']).strip()}\n\nThe function must pass this test: {lines[0].strip()}"
-    made = {"prompt": prompt, "tests": json.dumps(tests), "entry_point": called.group(1)}
-    made["solution"] = _fenced(str(row.get("code") or "").replace("\r\n", "\n").strip())
+    made = {"prompt": prompt, "tests": json.dumps(tests), "entry_point": name, "solution": _fenced(code)}
     return made | {key: row[key] for key in ("task_id",) if key in row}
 
 
-def asserted(source: str, names: set[str]) -> list[Test]:
-    """The tests in a piece of Python, read and never run: `assert f(1, 2) == 3`, `assert f(1)`, `assert not f(1)`.
+def _called(test: str, code: str) -> str | None:
+    """The function that a test is about: the outermost call of one that `code` defines, else of one not built in."""
+    calls = [node.func for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Call)]
+    names = [function.id for function in calls if isinstance(function, ast.Name)]
+    try:
+        defined = {node.name for node in ast.parse(code).body if isinstance(node, ast.FunctionDef)}
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        defined = set()
+    others = [name for name in names if not hasattr(builtins, name)]
+    return next((name for name in [*(n for n in names if n in defined), *others]), None)
+
+
+def separable(source: str, name: str) -> list[str]:
+    """The asserts in a piece of Python, read and never run, that `code_tests` can judge outside the sandbox.
 
     Args:
-        source: code with assert statements.
-        names: what the tested function is called there.
+        source: code with assert statements, on its own level or in a function `check(candidate)`.
+        name: the function under test.
 
     Returns:
-        One test for each of them whose values JSON can hold; others are passed over.
+        The asserts that need nothing but that function, one text each; what is under a loop or a condition is not one.
 
     Raises:
         SyntaxError: `source` is no Python.
     """
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Assert) and (test := _asserted(node.test, names)) and _same_in_json(test):
-            found.append(test)
-    return found
+    body = ast.parse(source).body
+    checks = [node.body for node in body if isinstance(node, ast.FunctionDef) and node.name == "check"]
+    asserts = [node for part in (body, *checks) for node in part if isinstance(node, ast.Assert)]
+    return [text for text in (f"assert {ast.unparse(node.test)}" for node in asserts) if _is_separable(text, name)]
 
 
-def _asserted(test: ast.expr, names: set[str]) -> Test | None:
-    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        return _test(test.operand, ast.Constant(False), names)
-    if isinstance(test, ast.Call) and isinstance(test.func, ast.Name) and test.func.id in names:
-        return _test(test, ast.Constant(True), names)
-    if not isinstance(test, ast.Compare) or len(test.ops) != 1:
-        return None
-    right = test.comparators[0]
-    if isinstance(test.ops[0], ast.Eq | ast.Is):
-        return _test(test.left, right, names)
-    # assert abs(f(x) - 0.5) < 1e-6
-    if isinstance(test.ops[0], ast.Lt | ast.LtE) and isinstance(test.left, ast.Call) and len(test.left.args) == 1:
-        inner = test.left.args[0]
-        is_abs = isinstance(test.left.func, ast.Name) and test.left.func.id == "abs"
-        if is_abs and isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.Sub):
-            return _test(inner.left, inner.right, names)
-    return None
-
-
-def _test(call: ast.expr, expected: ast.expr, names: set[str]) -> Test | None:
-    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in names) or call.keywords:
-        return None
+def _is_separable(text: str, name: str) -> bool:
     try:
-        return {"args": [ast.literal_eval(arg) for arg in call.args], "expected": ast.literal_eval(expected)}
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # no literals
-        return None
-
-
-def _same_in_json(value: Any) -> bool:
-    """Whether JSON keeps a value; tuples become lists, as the results of the tested function do."""
-    if isinstance(value, list | tuple):
-        return all(map(_same_in_json, value))
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _same_in_json(item) for key, item in value.items())
-    if isinstance(value, float):
-        return value == value and abs(value) != float("inf")
-    return value is None or isinstance(value, bool | int | str)
+        checks = parse_asserts(text, name)
+    except Unseparable:
+        return False
+    calls = [ast.parse(call) for check in checks for call in check.calls]
+    names = [node for call in calls for node in ast.walk(call) if isinstance(node, ast.Name)]
+    bound = {node.id for node in names if isinstance(node.ctx, ast.Store)}  # a comprehension's
+    return bool(calls) and all(node.id in bound | {name} or hasattr(builtins, node.id) for node in names)
 
 
 def _well_formed(tests: Any) -> bool:
-    return isinstance(tests, list) and all(
+    if not isinstance(tests, list):
+        return False
+    return all(isinstance(test, str) and parse_asserts(test) is not None for test in tests) or all(
         isinstance(test, dict) and isinstance(test.get("args"), list) and "expected" in test for test in tests
     )
 

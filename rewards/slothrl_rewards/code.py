@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -12,14 +13,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .ranges import ranged
-from .sandbox import Limits, Outcome, run_python, self_test
+from .sandbox import Limits, Outcome, SandboxUnavailable, run_python, self_test
 from .sandbox.asserts import Check, Unseparable, parse_asserts
 from .sandbox.driver import calls_program, inputs_program, read_calls, read_outputs
 from .sandbox.limits import MIB
 from .sandbox.values import decode, same
 from .text import Completion, completion_text
 
-_BLOCK = re.compile(r"^[ \t]*```([^`\n]*)\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"^[ \t]*```([^`\n]*)\n(.*?)(?:^[ \t]*```[ \t\r]*$|\Z)", re.DOTALL | re.MULTILINE)
+LEAST_MB = 64  # what an interpreter needs to start, and some
 _DEFAULT = Limits()
 
 
@@ -79,7 +81,7 @@ def code_tests(
         entry_point: the function to call, an expression such as `Solution().solve`; one for all or one a completion.
         partial: the share of tests passed; False: 1.0 only where all passed.
         seconds: wall time for all tests of a candidate together.
-        memory_mb: address space of a candidate.
+        memory_mb: address space of a candidate, from 64.
         tolerance: for floats in "expected", relative and absolute; 0: exact.
         unseparable: "error" or "skip" (None) asserts whose check cannot be kept out of the sandbox.
         workers: how many candidates run at a time.
@@ -90,11 +92,14 @@ def code_tests(
 
     Raises:
         ValueError: the columns differ in length, tests of an unknown form, `unseparable` ones, a wrong parameter.
-        SandboxUnavailable: no sandbox can be had, and not `unsafe`.
+        SandboxUnavailable: no sandbox can be had, and not `unsafe`; or every one of this call failed.
     """
     if unseparable not in ("error", "skip") or workers < 1:
         raise ValueError(f'unseparable is "error" or "skip", workers at least 1, not {unseparable!r}, {workers!r}')
-    limits = Limits(seconds=seconds, cpu_seconds=int(seconds) + 2, memory_bytes=memory_mb * MIB)
+    if not 0 < seconds < math.inf or not 0 <= tolerance < math.inf or not memory_mb >= LEAST_MB:
+        wrong = f"{seconds!r}, {tolerance!r}, {memory_mb!r}"
+        raise ValueError(f"code_tests needs seconds > 0, tolerance >= 0 and memory_mb >= {LEAST_MB}, not {wrong}")
+    limits = Limits(seconds=seconds, cpu_seconds=int(seconds) + 2, memory_bytes=int(memory_mb) * MIB)
     names = [entry_point] * len(completions) if entry_point is None or isinstance(entry_point, str) else entry_point
     work: list[tuple[str, _Plan] | None] = []
     for completion, given, name in zip(completions, tests, names, strict=True):
@@ -104,6 +109,9 @@ def code_tests(
         self_test()  # before the threads start, and once
     with ThreadPoolExecutor(workers) as pool:
         verdicts = list(pool.map(lambda item: _judge(item[0], item[1], unsafe) if item else None, work))
+    judged = [verdict for verdict in verdicts if verdict]
+    if judged and all(verdict.status == "infra" for verdict in judged):  # a run of masked samples would learn nothing
+        raise SandboxUnavailable(f"each of {len(judged)} sandboxes failed: {judged[0].outcome.detail}")
     _log(verdicts, kwargs.get("log_metric"), kwargs.get("log_extra"))
     return [_score(verdict, partial) if verdict else None for verdict in verdicts]
 

@@ -95,7 +95,8 @@ def _validator(schema: Any) -> Any:
         schema = json.loads(schema) if isinstance(schema, str) else _plain(schema)
         if not isinstance(schema, dict | bool):
             raise ValueError(f"a {type(schema).__name__}")
-        jsonschema.Draft202012Validator.check_schema(schema)
+        checker = jsonschema.Draft202012Validator.FORMAT_CHECKER  # "pattern" must be a regular expression
+        jsonschema.Draft202012Validator.check_schema(schema, format_checker=checker)
     except (ValueError, jsonschema.SchemaError) as error:
         reason = str(getattr(error, "message", error)).splitlines()[0][:200]
         hint = "'+reward.params.json_schema.schema={type: object, required: [name]}'"

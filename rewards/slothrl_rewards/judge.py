@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -106,6 +107,8 @@ def llm_judge(
 
     scale = _Scale(_pattern(score_regex), float(lowest), float(highest))
     _check(model, scale, timeout, retries, concurrency)
+    if not 0 <= backoff < math.inf or max_tokens < 1 or not 0 <= temperature < math.inf:
+        raise ValueError("llm_judge needs backoff >= 0, max_tokens >= 1 and temperature >= 0")
     endpoint = Endpoint(base_url, _key(api_key_file), float(timeout), int(retries), float(backoff))
     bodies = [
         {
@@ -176,9 +179,9 @@ def _pattern(score_regex: str) -> re.Pattern[str]:
 def _check(model: str | None, scale: _Scale, timeout: float, retries: int, concurrency: int) -> None:
     if not model:
         raise ValueError("llm_judge has no model: give one with '+reward.params.llm_judge.model=...'")
-    if not scale.low < scale.high:
+    if not -math.inf < scale.low < scale.high < math.inf:
         raise ValueError(f"llm_judge needs lowest < highest, not {scale.low} and {scale.high}")
-    if timeout <= 0 or retries < 0 or concurrency < 1:
+    if not 0 < timeout < math.inf or retries < 0 or concurrency < 1:
         raise ValueError("llm_judge needs timeout > 0, retries >= 0 and concurrency >= 1")
 
 

@@ -68,12 +68,12 @@ def math_answer(
     _math_verify()
     limit = timeout if threading.current_thread() is threading.main_thread() else None
     counts = {"refused": 0, "timeouts": 0}
+    slow: set[str] = set()
     scores: list[float | None] = []
     for completion, expected in zip(completions, answer, strict=True):
         wanted = None if expected is None else final_answer(answer_text(expected))
-        scores.append(
-            None if wanted is None else _score(final_answer(completion_text(completion)), wanted, limit, counts)
-        )
+        found = final_answer(completion_text(completion))
+        scores.append(None if wanted is None else _score(found, wanted, limit, counts, slow))
     if log_metric is not None:
         for name, count in counts.items():
             log_metric(f"math_answer/{name}", float(count))
@@ -136,13 +136,18 @@ def _bare(text: str) -> str:
     return text.strip("$^ \t\r\n").rstrip("$^. \t\r\n")
 
 
-def _score(found: str | None, wanted: str, limit: int | None, counts: dict[str, int]) -> float | None:
+def _score(found: str | None, wanted: str, limit: int | None, counts: dict[str, int], slow: set[str]) -> float | None:
     if found is not None and _plain(found) == _plain(wanted):
         return 1.0
     wanted_number, number = bare_number(_plain(wanted)), bare_number(_plain(found or ""))
     if wanted_number is not None and number is not None:
         return float(same_number(number, wanted_number))
-    gold = None if refusal(wanted) else _gold(wanted, limit)
+    try:
+        gold = None if wanted in slow or refusal(wanted) else _gold(wanted, limit)
+    except _math_verify().errors.TimeoutException:
+        slow.add(wanted)  # not tried again for the rest of its group, but in the next call: the machine may be busy
+        counts["timeouts"] += 1
+        return None
     if gold is None:
         return None
     if not found or (refused := refusal(found)):
@@ -167,7 +172,9 @@ def _gold(wanted: str, limit: int | None) -> Any:
     """The right answer, read once for all the completions of its group; None where it cannot be read."""
     try:
         return _parsed(wanted, limit)
-    except (_math_verify().errors.TimeoutException, Exception):
+    except _math_verify().errors.TimeoutException:
+        raise  # which the cache does not keep
+    except Exception:
         return None
 
 

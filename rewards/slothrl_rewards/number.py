@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from decimal import Decimal
 from typing import Any
@@ -68,8 +69,10 @@ def number_match(
         1.0 or 0.0 each; None where `answer` is None or holds no number.
 
     Raises:
-        ValueError: `answer` and `completions` differ in length.
+        ValueError: `answer` and `completions` differ in length, or `tolerance` is negative or no finite number.
     """
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"number_match needs tolerance as a number from 0, not {tolerance!r}")
     scores: list[float | None] = []
     for completion, expected in zip(completions, answer, strict=True):
         wanted = None if expected is None else as_number(expected)

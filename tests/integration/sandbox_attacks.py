@@ -170,5 +170,19 @@ ATTACKS = {
         "with open('x', 'wb') as file: refused(file.truncate, 1 << 40)",
         "refused OSError 27", "wrong", LIMITS,
     ),
+    # Kernel memory that neither the disk's size nor the address space counts: 200 and 500 MB a second when unbounded.
+    "inode flood": ("n = 0\nwhile True:\n    os.mknod(str(n))\n    n += 1", "", "crash", LIMITS),
+    "link and folder flood": (
+        "import threading\nos.mknod('a')\ndef flood(make):\n    for n in range(10 ** 9): make(n)\n"
+        "for make in (lambda n: os.link('a', f'b{n}'), lambda n: os.mkdir('c' * 240 + str(n))):\n"
+        "    threading.Thread(target=flood, args=(make,)).start()",
+        "", "crash", LIMITS,
+    ),
+    "extended attributes": (
+        "os.mknod('a')\nrefused(os.setxattr, 'a', 'user.x', b'x' * 60000)\nfd = os.open('a', 1)\n"
+        "refused(os.setxattr, fd, 'user.x', b'x'); refused(kernel, 463, 463, 0, 0, 0, 0, 0)\n"
+        "refused(kernel, 444, 444, 0, 0, 1)",
+        "refused PermissionError 1", "wrong", LIMITS,
+    ),
     "segmentation fault": ("import ctypes\nctypes.string_at(0)", "", "crash", LIMITS),
 }  # fmt: skip

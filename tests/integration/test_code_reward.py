@@ -2,10 +2,11 @@
 
 import json
 import shutil
+import time
 
 import pytest
 from slothrl_rewards.code import code_tests, extract_code, judge
-from slothrl_rewards.sandbox import Limits, Outcome
+from slothrl_rewards.sandbox import Limits, Outcome, SandboxUnavailable
 from slothrl_rewards.sandbox.asserts import Unseparable, parse_asserts
 
 needs_bwrap = pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
@@ -32,6 +33,7 @@ def score(code, tests, entry_point=None, **options):
         ("```\na\n```", "a\n"),
         ("```py\ncut off", "cut off"),
         ("```Python3\na\n```", "a\n"),
+        ("```python\r\na\r\n```\r\nDone.", "a\r\n"),
         ("```python\ns = '```'\nb\n```", "s = '```'\nb\n"),
         ("", ""),
     ],
@@ -107,6 +109,14 @@ def test_long_inputs_and_outputs():
         ("class Solution:\n    def twice(self, x): return x * 2", "assert Solution().twice(4) == 8", 1.0),
         ("def f(x): return {1: {2, 3}, 'k': None}", "assert f(0) == {1: {3, 2}, 'k': None}", 1.0),
         ("def f(x): return 10 ** 50, b'x', 1j", "assert f(0) == (10 ** 50, b'x', 1j)", 1.0),
+        # What MBPP has: only the truth of a match object counts, containers of other types, computed expectations.
+        ("import re\ndef f(x): return re.search('b', x)", ["assert f('abc')", "assert not f('a')"], 1.0),
+        ("import re\ndef f(x): return re.search('b', x)", ["assert f('abc') and f('b')", "assert f('b') == True"], 0.5),
+        ("bool = 0\ndef f(x): return None", ["assert f(1)", "assert not f(1)"], 0.5),
+        ("from collections import Counter as f", "assert f('aab') == {'a': 2, 'b': 1}", 1.0),
+        ("from collections import namedtuple\nf = namedtuple('P', 'x y')", "assert f(1, y=[2]) == (1, [2])", 1.0),
+        ("def f(x): return 'ab' * x, (-2 + 3j), 7 // 2", "assert f(2) == ('ab' * 2, (-2 + 3j), 7 // 2)", 1.0),
+        ("def f(x): return type(x).__name__", ["assert f((1, 2)) == 'tuple'", "assert f({1}) == 'set'"], 1.0),
     ],
 )  # fmt: skip
 def test_asserts(code, test, expected):
@@ -133,6 +143,8 @@ def test_humaneval_form():
         "assert (lambda: f(1))() == 1",
         "assert f(1) == expected",
         "assert f(1) == ",
+        "assert f(1) == 'a' * 10 ** 9",
+        "assert f(1) == len(3)",
         "import os\nos.system('true')",
     ],
 )
@@ -154,6 +166,10 @@ CHEATS = {
     "lying eq": (
         "class Liar(int):\n    def __eq__(self, other): return True\n    __hash__ = int.__hash__\n"
         "def f(x): return Liar()"
+    ),
+    "lying list": (
+        "class Liar(list):\n    def __eq__(self, other): return True\n    def __iter__(self): return iter([self])\n"
+        "    __len__ = lambda self: 2\ndef f(x): return Liar()"
     ),
     "lying class": "class Any:\n    def __eq__(self, other): return True\n    __class__ = int\ndef f(x): return Any()",
     "overwritten builtins": (
@@ -229,14 +245,31 @@ def test_statuses_and_logs(monkeypatch):
     assert extra["code_status"] == ["ok", "wrong", "timeout", "crash", None]
     assert logged == {f"code/{name}": 0.25 for name in ("ok", "wrong", "timeout", "crash")} | {"code/infra": 0.0}
     monkeypatch.setattr("slothrl_rewards.code.run_python", lambda *a, **k: Outcome("infra", detail="no bwrap today"))
-    with pytest.warns(RuntimeWarning, match="2 of 2 sandboxes failed, their samples are masked: no bwrap today"):
-        assert code_tests(["?"] * 2, codes[:2], tests=[DOUBLE] * 2, entry_point="f") == [None, None]
+    with pytest.raises(SandboxUnavailable, match="each of 2 sandboxes failed: no bwrap today"):
+        code_tests(["?"] * 2, codes[:2], tests=[DOUBLE] * 2, entry_point="f")
+    fates = iter([Outcome("infra", detail="no bwrap today"), Outcome("crash", detail="exit code 1")])
+    monkeypatch.setattr("slothrl_rewards.code.run_python", lambda *a, **k: next(fates))
+    with pytest.warns(RuntimeWarning, match="1 of 2 sandboxes failed, their samples are masked: no bwrap today"):
+        assert code_tests(["?"] * 2, codes[:2], tests=[DOUBLE] * 2, entry_point="f", workers=1) == [None, 0.0]
 
 
 @needs_bwrap
 def test_right_output_does_not_excuse_a_hang():
     verdict = judge("print(3, flush=True)\nwhile True: pass", SUMS, limits=Limits(seconds=0.5))
     assert (verdict.status, verdict.passed) == ("timeout", (False, False))
+
+
+@needs_bwrap
+def test_the_least_memory_runs_python():
+    assert score("def f(x): return x * 2", DOUBLE, "f", memory_mb=64) == 1.0
+
+
+@needs_bwrap
+def test_colliding_integers_do_not_hold_the_judge_up():
+    code = "def f(): return [n * (2 ** 61 - 1) for n in range(25000)]"
+    begun = time.monotonic()
+    assert score(code, ["assert set(f()) == {1}", "assert len(dict(f())) == 1"]) == 0.0
+    assert time.monotonic() - begun < 3
 
 
 @needs_bwrap

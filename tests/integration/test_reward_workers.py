@@ -25,6 +25,8 @@ def fault(text):
         return 9**9**8  # one C call that never gives the interpreter back
     if text == "exit":
         os._exit(0)
+    if text == "signal":
+        os.kill(os.getpid(), 40)  # a real-time one, which has no name
     if text == "segv":
         ctypes.string_at(0)
     if text == "leak":
@@ -72,10 +74,11 @@ KINDS = {
     "sleep": ("timeout", r"reward faults took more than 1.5 s \(reward.timeout\), at faults.py, line 7"),
     "busy": ("timeout", r"reward faults took more than 1.5 s \(reward.timeout\), at faults.py, line 9"),
     "exit": ("crash", "reward faults: its process ended with exit code 0"),
-    "segv": ("crash", "reward faults: its process ended by signal SIGSEGV, at faults.py, line 13"),
-    "leak": ("out_of_memory", r"reward faults raised MemoryError \(faults.py, line 16\)"),
-    "raise": ("exception", r"reward faults raised ValueError: no such unit \(faults.py, line 18\)"),
-    "quit": ("exception", r"reward faults raised SystemExit: 0 \(faults.py, line 20\)"),
+    "signal": ("crash", "reward faults: its process ended by signal 40"),
+    "segv": ("crash", "reward faults: its process ended by signal SIGSEGV, at faults.py, line 15"),
+    "leak": ("out_of_memory", r"reward faults raised MemoryError \(faults.py, line 18\)"),
+    "raise": ("exception", r"reward faults raised ValueError: no such unit \(faults.py, line 20\)"),
+    "quit": ("exception", r"reward faults raised SystemExit: 0 \(faults.py, line 22\)"),
     "text": ("wrong_type", r"reward faults returned a str \('good'\) where a number or None is expected"),
     "inf": ("wrong_type", "reward faults returned inf where a finite number is expected"),
     "short": ("wrong_length", "reward short returned 0 scores for 1 completions"),
@@ -119,6 +122,18 @@ def test_all_kinds_in_one_batch(folder, capfd):
     assert capfd.readouterr().err.count("shown once") == 6
 
 
+def test_endless_logs_do_not_fill_the_trainers_memory(folder, capfd):
+    (folder / "logs.py").write_text(
+        "def logs(completions, log_extra, **_):\n    if 'log' in completions:\n"
+        "        log_extra('x', ['y' * 300_000_000])\n    return [1.0] * len(completions)\n"
+    )
+    reward = opened(folder, "logs.py:logs", timeout=60.0, memory_gb=4.0)
+    ignored = {"log_metric": lambda *_: None, "log_extra": lambda *_: None}
+    assert call(reward, ["a", "log"], **ignored) == [1.0, None]
+    assert reward.ledger.counts == {"ok": 1, "out_of_memory": 1}
+    assert "reward logs logged more than 256 MiB in one call" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["sleep", "busy"])
 def test_the_deadline_holds(kind, folder):
     reward = opened(folder, "faults.py:faults", timeout=0.5)
@@ -134,6 +149,40 @@ def test_a_slow_batch_of_fast_completions(folder, capfd):
     )
     assert call(opened(folder, "slow.py:slow"), ["a"] * 8) == [1.0] * 8
     assert "in smaller calls the same completions went well" in capfd.readouterr().err
+
+
+COUNTING = """\
+import os, sys
+sys.path.append(os.path.dirname(__file__))
+from helper import STEP
+calls = 0
+
+def counting(completions, **_):
+    global calls
+    if "exit" in completions:
+        os._exit(3)
+    calls += STEP
+    return [calls] * len(completions)
+"""
+
+
+@pytest.mark.parametrize("edited", ["count.py", "helper.py"])
+def test_an_edited_file_is_not_picked_up_in_mid_run(edited, folder, capfd):
+    """Half a run with one reward and half with another would be a curve of neither."""
+    (folder / "count.py").write_text(COUNTING, encoding="utf-8")
+    (folder / "helper.py").write_text("STEP = 1\n", encoding="utf-8")
+    reward = opened(folder, "count.py:counting", workers=2, timeout=20.0)
+    assert {str(folder / "count.py"), str(folder / "helper.py")} <= set(reward.pool.workers[0].files)
+    assert not any("/json/" in file or "-packages/" in file for file in reward.pool.workers[0].files)
+    assert call(reward, ["exit", "a"]) == [None, 1]
+    assert call(reward, ["a", "a"]) == [1, 2]  # the first worker's new process saw the same files
+    before = (folder / edited).read_text()
+    (folder / edited).write_text(before.replace("STEP = 1", "STEP = 100").replace("+= STEP", "+= 100 * STEP"))
+    assert call(reward, ["a", "exit"]) == [2, None]  # a process that runs has what it began with
+    with pytest.raises(UserError, match=rf"reward counting: .*/{edited} was edited in mid-run \(sha256 \w{{12}} at"):
+        call(reward, ["a", "a"])
+    (folder / edited).write_text(before)
+    assert call(reward, ["a", "a"])[1] == 1
 
 
 # --- what becomes of failures ---------------------------------------------------------------------------------------

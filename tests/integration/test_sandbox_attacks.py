@@ -139,6 +139,14 @@ def test_the_interpreter_behind_this_one(mark):
     assert "/home" not in outcome.stdout and "/root" not in outcome.stdout
 
 
+def test_many_files_are_stopped_early(mark):
+    outcome = run_python("import os\nfor n in range(10 ** 9): os.mknod(str(n))", limits=replace(LIMITS, files=1000))
+    assert (outcome.status, outcome.detail) == ("crash", "more than 1000 files")
+    assert outcome.seconds < 3  # measured 0.2 s; the CPU limit alone would leave it 6 s and 1 GB of kernel memory
+    keeps = "import os, time\nfor n in range(500): os.mknod(str(n))\ntime.sleep(0.4)\nprint(len(os.listdir()))"
+    assert run_python(keeps, limits=replace(LIMITS, files=1000)).stdout == "500\n"
+
+
 def test_threads_work(mark):
     program = "import threading\nt = threading.Thread(target=print, args=('from a thread',))\nt.start(); t.join()"
     assert run_python(program).stdout == "from a thread\n"
@@ -169,6 +177,7 @@ def test_a_sandbox_that_leaks_is_refused(mark, monkeypatch):
 
 def test_without_bubblewrap(monkeypatch):
     monkeypatch.setattr(sandbox_run, "_ready", {})
+    monkeypatch.setattr(sandbox_run, "_none", {})
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(SandboxUnavailable, match="apt-get install bubblewrap"):
         run_python("print(1)")

@@ -204,3 +204,21 @@ def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "math_verify", None)
     with pytest.raises(ImportError, match=r"pip install 'slothrl\[math\]'"):
         one("1", "1")
+
+
+def test_a_right_answer_that_took_too_long_once_is_tried_again(monkeypatch):
+    """On a busy machine the clock may strike early; the problem must not be lost for the rest of the run."""
+    real, calls = math_answers._parsed, []
+
+    def late(answer, limit):
+        calls.append(answer)
+        if len(calls) == 1:
+            raise math_answers._math_verify().errors.TimeoutException
+        return real(answer, limit)
+
+    monkeypatch.setattr(math_answers, "_parsed", late)
+    gold, metrics = r"\frac{1}{2} + x^{17}", {}
+    given = {"prompts": ["?"] * 3, "completions": ["x^{17} + 0.5", f"${gold}$", "x"], "answer": [gold] * 3}
+    assert math_answer(**given, log_metric=metrics.__setitem__) == [None, 1.0, None]  # the same text needs no algebra
+    assert len(calls) == 1 and metrics["math_answer/timeouts"] == 1
+    assert math_answer(**given) == [1.0, 1.0, 0.0]

@@ -14,19 +14,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .values import MAX_KEYS
+
 _MAX_RANGE, _MAX_BITS = 100_000, 4096
 _COMPARE: dict[type, Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
     ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
     ast.In: lambda item, group: item in group, ast.NotIn: lambda item, group: item not in group,
 }  # fmt: skip
-_BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+_BINARY = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+}  # fmt: skip
 _UNARY = {ast.Not: operator.not_, ast.USub: operator.neg, ast.UAdd: operator.pos}
 _HELPERS: dict[str, Callable[..., Any]] = {
-    "abs": abs, "bool": bool, "dict": dict, "float": float, "frozenset": frozenset, "int": int, "isclose": math.isclose,
-    "len": len, "list": list, "max": max, "min": min, "round": round, "set": set, "sorted": sorted, "str": str,
+    "abs": abs, "bool": bool, "dict": lambda *given, **words: dict(*map(_hashed, given), **words), "float": float,
+    "frozenset": lambda *given: frozenset(*map(_hashed, given)), "int": int, "isclose": math.isclose, "len": len,
+    "list": list, "max": max, "min": min, "round": round, "set": lambda *given: set(*map(_hashed, given)),
+    "sorted": sorted, "str": str,
     "sum": sum, "tuple": tuple, "all": all, "any": any,
 }  # fmt: skip
+
+
+def _hashed(items: Any) -> Any:
+    """Items for a set or dict: integers can be chosen to collide, and the time to put them in grows with the square."""
+    if len(items) > MAX_KEYS:
+        raise ValueError("too large a set or dict")
+    return items
 
 
 class Unseparable(ValueError):
@@ -65,7 +79,8 @@ def parse_asserts(text: str, entry_point: str | None = None) -> list[Check]:
         One check an assert that calls anything.
 
     Raises:
-        Unseparable: anything else is in it: loops, helper functions, checks made by other functions.
+        Unseparable: anything else is in it: loops, helper functions, checks made by other functions, an expected value
+            that is not computed here.
     """
     try:
         body = ast.parse(text).body
@@ -98,16 +113,47 @@ def _is_idle(node: ast.stmt) -> bool:
 
 
 def _check(node: ast.Assert, entry_point: str | None) -> Check:
-    split = _Split(entry_point)
+    text = ast.unparse(node)[:200]
+    split = _Split(entry_point, _truths(node.test))
     test = split.visit(node.test)
+    try:
+        _computable(test)
+    except (TypeError, ValueError, ArithmeticError, LookupError, RecursionError, MemoryError) as error:
+        # Otherwise it would count against every candidate, right ones included.
+        raise Unseparable(f"a test whose expected value is not computed here ({error}): {text}") from error
     return Check(tuple(split.calls), test)
 
 
-class _Split(ast.NodeTransformer):
-    """Replaces calls of the candidate by numbered names and refuses what `_value` could not compute."""
+def _truths(test: ast.expr) -> set[int]:
+    """The `id`s of the expressions of which an assert asks no more than whether they are true."""
+    if isinstance(test, ast.BoolOp):
+        return set().union(*map(_truths, test.values))
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return _truths(test.operand)
+    return {id(test)}
 
-    def __init__(self, entry_point: str | None):
-        self.entry_point, self.calls = entry_point, []
+
+def _computable(node: ast.AST) -> bool:
+    """Compute once every part that depends on no result; whether all of `node` is such a part. Raises as `_value`."""
+    parts = [part for part in ast.iter_child_nodes(node) if part is not getattr(node, "func", None)]
+    own = [_computable(part) for part in parts]
+    if isinstance(node, ast.Name) or not all(own):
+        return False
+    if isinstance(node, ast.expr):
+        _value(node, ())
+    return True
+
+
+class _Split(ast.NodeTransformer):
+    """Replaces calls of the candidate by numbered names and refuses what `_value` could not compute.
+
+    Args:
+        entry_point: as in `parse_asserts`.
+        truths: `id`s of the nodes whose value comes out as a bool, since an object of any type may stand there.
+    """
+
+    def __init__(self, entry_point: str | None, truths: set[int]):
+        self.entry_point, self.truths, self.calls = entry_point, truths, []
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         if _helper(node) and not (self.entry_point and _name(node.func) == self.entry_point):
@@ -124,7 +170,8 @@ class _Split(ast.NodeTransformer):
             )
         if any(isinstance(inner, ast.Compare | ast.Lambda | ast.NamedExpr) for inner in ast.walk(node)):
             raise Unseparable(f"a test whose check is part of a call: {ast.unparse(node)[:200]}")
-        self.calls.append(ast.unparse(_Rename(self.entry_point).visit(node)))
+        wanted_as = "not not " if id(node) in self.truths else ""  # an operator: `bool` could be the candidate's own
+        self.calls.append(wanted_as + ast.unparse(_Rename(self.entry_point).visit(node)))
         return ast.Name(str(len(self.calls) - 1), ast.Load())
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
@@ -199,9 +246,17 @@ def _value(node: ast.expr, results: Sequence[Any]) -> Any:
 
 
 def _binary(kind: ast.operator, left: Any, right: Any) -> Any:
-    """Arithmetic of numbers whose result stays small: the candidate chose one side."""
-    for side in (left, right):
-        if not isinstance(side, int | float) or (isinstance(side, int) and side.bit_length() > _MAX_BITS):
+    """Arithmetic of numbers and sequences whose result stays small: the candidate chose one side."""
+    sides = (left, right)
+    if isinstance(kind, ast.Add) and type(left) is type(right) and isinstance(left, str | list | tuple):
+        return left + right
+    if isinstance(kind, ast.Mult) and any(isinstance(side, str | list | tuple) for side in sides):
+        text, count = sides if isinstance(right, int) else (right, left)
+        if not isinstance(count, int) or len(text) * count > _MAX_RANGE:
+            raise TypeError("too long a sequence, or no number of times")
+        return text * count
+    for side in sides:
+        if not isinstance(side, int | float | complex) or (isinstance(side, int) and side.bit_length() > _MAX_BITS):
             raise TypeError("arithmetic is for numbers of a sane size")
     if isinstance(kind, ast.Pow):
         if abs(right) > 64:

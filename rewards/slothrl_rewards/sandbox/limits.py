@@ -16,6 +16,8 @@ class Limits:
         cpu_seconds: processor time of all threads together; the kernel holds the clock.
         memory_bytes: address space (RLIMIT_AS).
         disk_bytes: size of /tmp, the only folder that can be written to, and the largest file.
+        files: in /tmp, folders and links included. No mount option of bwrap's bounds them, so the parent counts them
+            every tenth of a second and stops a program that has more; it may have made 20,000 by then.
         output_bytes: of stdout and of stderr; the run ends where one has more.
         open_files: RLIMIT_NOFILE.
         threads: RLIMIT_NPROC; the kernel ignores it for root, hence the change of user in bwrap.py.
@@ -29,6 +31,7 @@ class Limits:
     cpu_seconds: int = 12
     memory_bytes: int = 512 * MIB
     disk_bytes: int = 16 * MIB
+    files: int = 4096
     output_bytes: int = MIB
     open_files: int = 64
     threads: int = 64

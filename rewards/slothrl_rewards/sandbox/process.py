@@ -24,6 +24,7 @@ Status = Literal["ok", "wrong", "timeout", "crash", "infra"]
 _CHUNK = 1 << 16
 DEFAULT = Limits()
 _GONE_SECONDS = 10.0
+_LOOK_SECONDS = 0.1  # between two counts of the files; most programs end before the first
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ class _Run:
     """One process with its pipes. The thread that makes it must outlive it: --die-with-parent looks at the thread."""
 
     def __init__(self, stack: ExitStack, jail: Jail | None, program: str, limits: Limits):
-        self.jail, self.limits, self.why, self.started = jail, limits, "", False
+        self.stack, self.jail, self.limits, self.why, self.started = stack, jail, limits, "", False
+        self.first = 0  # the number of the namespace's first process, once known
+        self.disk: int | None = None  # a descriptor of the sandbox's /tmp
         given, closed = _program_file(stack, program), ExitStack()
         with closed:
             # One pipe, two ends to write: the launcher's says "begun"; bwrap's pid 1 holds the other, so that the end
@@ -109,15 +112,18 @@ class _Run:
     def pump(self, stdin: bytes) -> None:
         """Feed and read until the process ends, a deadline passes or there is too much output; then end it."""
         deadline, left = time.monotonic() + self.limits.start_seconds, memoryview(stdin)
+        look = deadline  # when to count its files
         with selectors.DefaultSelector() as selector:
             for descriptor in (*self.read, self.control, self.exited):
                 selector.register(descriptor, selectors.EVENT_READ)
             selector.register(self.stdin, selectors.EVENT_WRITE)
             while not self.why:
-                ready = {key.fd for key, _ in selector.select(max(0.0, deadline - time.monotonic()))}
+                wait = min(deadline, look) - time.monotonic()
+                ready = {key.fd for key, _ in selector.select(max(0.0, wait))}
                 if self.control in ready:
                     selector.unregister(self.control)
                     deadline = self._begin(deadline)
+                    look = time.monotonic() + _LOOK_SECONDS
                 if self.stdin in ready:
                     left = self._feed(selector, left)
                 for descriptor in ready & set(self.read):
@@ -125,6 +131,9 @@ class _Run:
                         selector.unregister(descriptor)
                 if self.exited in ready:
                     break
+                if not self.why and time.monotonic() >= look:
+                    look = time.monotonic() + _LOOK_SECONDS
+                    self._count_files()
                 if not self.why and time.monotonic() >= deadline:
                     self.why = "timeout"
         self._end()
@@ -174,20 +183,41 @@ class _Run:
             process.wait()
         self.gone = self.jail is None or self._nothing_left()
 
+    def _first_process(self) -> int:
+        """The number of the namespace's first process; 0 where it is not that far yet, or gone."""
+        try:
+            self.first = self.first or int(json.loads(os.read(self.info, _CHUNK) or b"{}")["child-pid"])
+            with open(f"/proc/{self.first}/stat", encoding="utf-8") as file:
+                parent = int(file.read().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, KeyError):
+            return 0
+        return self.first if parent == self.process.pid else 0  # the number could be another's by now
+
+    def _count_files(self) -> None:
+        """Stop a program that has made too many; where /proc denies the look, the CPU limit alone bounds them."""
+        if self.jail is None or (self.disk is None and not self._first_process()):
+            return
+        try:
+            if self.disk is None:
+                self.disk = os.open(f"/proc/{self.first}/root/tmp", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                self.stack.callback(os.close, self.disk)
+            seen = os.fstatvfs(self.disk)
+        except OSError:
+            return
+        if seen.f_files - seen.f_ffree > self.limits.files:
+            self.why = f"more than {self.limits.files} files"
+
     def _end_first(self) -> None:
         """Kill the namespace's first process and wait for it: the kernel lets it go only after all the others.
 
         bwrap's death alone would have the same effect, but nobody could tell when.
         """
         try:
-            first = int(json.loads(os.read(self.info, _CHUNK) or b"{}")["child-pid"])
-            handle = os.pidfd_open(first)
-        except (OSError, ValueError, KeyError):  # not that far yet
+            handle = os.pidfd_open(self._first_process())
+        except OSError:  # 0 is no process's number
             return
         try:
-            with open(f"/proc/{first}/stat", encoding="utf-8") as file:
-                parent = int(file.read().rpartition(")")[2].split()[1])
-            if parent == self.process.pid:  # and not another's, the number being used again
+            if self._first_process():  # still the same one
                 signal.pidfd_send_signal(handle, signal.SIGKILL)
                 ended = select.poll()  # select() fails on descriptors past 1023
                 ended.register(handle, select.POLLIN)

@@ -13,6 +13,7 @@ from .seccomp import UnknownMachine
 
 _lock = threading.Lock()
 _ready: dict[str | None, Jail] = {}
+_none: dict[str | None, SandboxUnavailable] = {}  # for `unsafe` only: else every program would try again
 
 
 def run_python(
@@ -37,10 +38,13 @@ def run_python(
         SandboxUnavailable: no sandbox can be had, and not `unsafe`.
     """
     try:
+        if unsafe and python in _none:
+            raise _none[python]
         jail: Jail | None = self_test(python)
     except SandboxUnavailable as error:
         if not unsafe:
             raise
+        _none[python] = error
         warnings.warn(f"UNSAFE: untrusted code runs WITHOUT a sandbox. {error}", RuntimeWarning, stacklevel=2)
         jail = None
     return run_in(jail, program, stdin, limits)

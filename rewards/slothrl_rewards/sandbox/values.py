@@ -1,9 +1,9 @@
-"""Results on their way out of the sandbox: only values of exactly the built-in types get through.
+"""Results on their way out of the sandbox: only values of the built-in types get through.
 
-What comes is JSON. Plain where JSON has the type, else an object of one tag. Anything that is not exactly of a known
-type (a subclass with an `__eq__` of its own, say) counts as no result at all. The text is written by code that shares
-its interpreter with the program, so it may say anything: reading it must be safe, believing it need not be, as the
-expected values never went in.
+What comes is JSON. Plain where JSON has the type, else an object of one tag. Of a container's subclass (a Counter, a
+named tuple) the plain contents come out, without its methods; any other type counts as no result at all. The text is
+written by code that shares its interpreter with the program, so it may say anything: reading it must be safe, believing
+it need not be, as the expected values never went in.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ def encode(value, depth=0):
     if kind in (list, tuple, set, frozenset):
         items = "[%s]" % ", ".join([encode(item, depth + 1) for item in value])
         return items if kind is list else '{{"%s": %s}}' % (kind.__name__, items)
+    for base in (dict, list, tuple, set, frozenset):
+        if issubclass(kind, base):
+            return encode(base(value), depth)
     raise TypeError("a result must be of built-in types, not " + kind.__name__)
 """
 

