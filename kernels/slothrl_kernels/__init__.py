@@ -3,11 +3,24 @@
 Without Triton (`HAS_TRITON` is False) the package imports all the same; a kernel then raises RuntimeError when called.
 """
 
+from slothrl_kernels.nf4_dequantize import nf4_dequantize, nf4_dequantize_reference
+from slothrl_kernels.nf4_weight import NestedAbsmax, Nf4Weight
 from slothrl_kernels.selective_log_softmax import (
-    HAS_TRITON,
     IGNORE_LABEL,
     selective_log_softmax,
     selective_log_softmax_reference,
 )
+from slothrl_kernels.switch import HAS_TRITON, Impl, takes_triton
 
-__all__ = ["HAS_TRITON", "IGNORE_LABEL", "selective_log_softmax", "selective_log_softmax_reference"]
+__all__ = [
+    "HAS_TRITON",
+    "IGNORE_LABEL",
+    "Impl",
+    "NestedAbsmax",
+    "Nf4Weight",
+    "nf4_dequantize",
+    "nf4_dequantize_reference",
+    "selective_log_softmax",
+    "selective_log_softmax_reference",
+    "takes_triton",
+]
