@@ -4,6 +4,7 @@ Without Triton (`HAS_TRITON` is False) the package imports all the same; a kerne
 """
 
 from slothrl_kernels.nf4_dequantize import nf4_dequantize, nf4_dequantize_reference
+from slothrl_kernels.nf4_matmul import nf4_matmul, nf4_matmul_reference
 from slothrl_kernels.nf4_weight import NestedAbsmax, Nf4Weight
 from slothrl_kernels.selective_log_softmax import (
     IGNORE_LABEL,
@@ -20,6 +21,8 @@ __all__ = [
     "Nf4Weight",
     "nf4_dequantize",
     "nf4_dequantize_reference",
+    "nf4_matmul",
+    "nf4_matmul_reference",
     "selective_log_softmax",
     "selective_log_softmax_reference",
     "takes_triton",

@@ -137,11 +137,11 @@ def _run(weight: Nf4Weight, out: Tensor, columns: int, launch: DequantizeLaunch)
 
 
 @jit
-def load_absmax(absmax, block, mask, inner_code, inner_absmax, offset, INNER_BLOCKSIZE: tl.constexpr):
+def load_absmax(absmax, block, inner_code, inner_absmax, offset, INNER_BLOCKSIZE: tl.constexpr):
     """absmax of these blocks in float32; INNER_BLOCKSIZE 0: it is not nested."""
-    value = tl.load(absmax + block, mask=mask, other=0)
+    value = tl.load(absmax + block)
     if INNER_BLOCKSIZE > 0:
-        inner = tl.load(inner_absmax + block // INNER_BLOCKSIZE, mask=mask, other=0.0)
+        inner = tl.load(inner_absmax + block // INNER_BLOCKSIZE)
         value = tl.load(inner_code + value.to(tl.int32)) * inner + tl.load(offset)
     return value
 
@@ -182,9 +182,8 @@ def _nf4_dequantize_kernel(
     for turn in tl.static_range(REPEAT):  # pyright: ignore
         word = first + turn * WORDS + tl.arange(0, WORDS)
         nibbles = _load_nibbles(packed, word, places, count, BY_WORD)
-        scale = load_absmax(
-            absmax, word * 8 // BLOCKSIZE, word * 8 < count, inner_code, inner_absmax, offset, INNER_BLOCKSIZE
-        )
+        block = tl.minimum(word * 8, count - 1) // BLOCKSIZE
+        scale = load_absmax(absmax, block, inner_code, inner_absmax, offset, INNER_BLOCKSIZE)
         values = tl.load(code + nibbles) * scale[:, None]
         start = word * 8
         if ROWS_APART:

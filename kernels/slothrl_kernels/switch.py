@@ -50,10 +50,10 @@ def interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def jit(function: Any) -> Any:
+def jit(function: Any = None, **options: Any) -> Any:
     """triton.jit where there is Triton, so that a module of kernels can be imported without it."""
     if not HAS_TRITON:
-        return function
+        return function or (lambda kernel: kernel)
     import triton
 
-    return triton.jit(function)
+    return triton.jit(function, **options) if function else triton.jit(**options)
