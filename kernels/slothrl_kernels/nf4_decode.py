@@ -88,7 +88,8 @@ def decode_4(units, code, DTYPE: tl.constexpr, PTX: tl.constexpr):
         wide = units.to(tl.int32)
         a, b = _read(wide, code, 4, DTYPE), _read(wide, code, 0, DTYPE)
         c, d = _read(wide, code, 12, DTYPE), _read(wide, code, 8, DTYPE)
-    elif tl.float16 == DTYPE:  # written out: inside of a tuple a constexpr is not taken for a dtype
+    elif DTYPE == tl.float16:  # noqa: SIM300
+        # Written out: inside of a tuple a constexpr is not taken for a dtype.
         a, b, c, d = tl.inline_asm_elementwise(
             _FP16,  # pyright: ignore
             "=r,=r,=r,=r,r",
