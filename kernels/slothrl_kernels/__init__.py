@@ -3,11 +3,38 @@
 Without Triton (`HAS_TRITON` is False) the package imports all the same; a kernel then raises RuntimeError when called.
 """
 
+from slothrl_kernels.glu import glu, glu_reference
+from slothrl_kernels.nf4_dequantize import nf4_dequantize, nf4_dequantize_reference
+from slothrl_kernels.nf4_matmul import nf4_matmul, nf4_matmul_reference
+from slothrl_kernels.nf4_weight import NestedAbsmax, Nf4Weight
+from slothrl_kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from slothrl_kernels.rope import rope, rope_reference
 from slothrl_kernels.selective_log_softmax import (
-    HAS_TRITON,
     IGNORE_LABEL,
     selective_log_softmax,
     selective_log_softmax_reference,
 )
+from slothrl_kernels.switch import HAS_TRITON, Impl, takes_triton
 
-__all__ = ["HAS_TRITON", "IGNORE_LABEL", "selective_log_softmax", "selective_log_softmax_reference"]
+__all__ = [
+    "HAS_TRITON",
+    "IGNORE_LABEL",
+    "Impl",
+    "NestedAbsmax",
+    "Nf4Weight",
+    "add_rms_norm",
+    "add_rms_norm_reference",
+    "glu",
+    "glu_reference",
+    "nf4_dequantize",
+    "nf4_dequantize_reference",
+    "nf4_matmul",
+    "nf4_matmul_reference",
+    "rms_norm",
+    "rms_norm_reference",
+    "rope",
+    "rope_reference",
+    "selective_log_softmax",
+    "selective_log_softmax_reference",
+    "takes_triton",
+]

@@ -10,13 +10,13 @@ The kernel is one pass over a row (two with probabilities): the online softmax o
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-HAS_TRITON = find_spec("triton") is not None  # a machine without it still gets the reference
+from slothrl_kernels.switch import HAS_TRITON, jit
+
 if TYPE_CHECKING or HAS_TRITON:
     import triton
     import triton.language as tl
@@ -110,17 +110,13 @@ def _check(logits: Tensor, labels: Tensor, probs_out: Tensor | None) -> None:
         raise ValueError("logits and probs_out need unit stride within a row")
 
 
-def _kernel(function: Any) -> Any:
-    return triton.jit(function) if HAS_TRITON else function
-
-
-@_kernel
+@jit
 def _load_scaled(logits, column, vocab, inv_temperature):
     """x in float32 at these columns of a row; -inf beyond the vocabulary, which adds nothing to any sum."""
     return tl.load(logits + column, mask=column < vocab, other=-float("inf")).to(tl.float32) * inv_temperature
 
 
-@_kernel
+@jit
 def _write_probs(probs, logits, columns, vocab, inv_temperature, peak, total, kept, BLOCK: tl.constexpr):
     for start in range(0, vocab, BLOCK):
         column = start + columns
@@ -128,7 +124,7 @@ def _write_probs(probs, logits, columns, vocab, inv_temperature, peak, total, ke
         tl.store(probs + column, tl.where(kept, p, 0.0).to(probs.dtype.element_ty), mask=column < vocab)
 
 
-@_kernel
+@jit
 def _selective_log_softmax_kernel(
     logits,
     labels,

@@ -1,0 +1,197 @@
+"""Y = X W^T + b with W in nf4: a weight-only GEMM on bitsandbytes' own bytes for few tokens, torch's matmul for many.
+
+Up to `GEMM_ROWS` tokens the time is that of reading W, so reading 4 bits instead of 16 is what counts and W is decoded
+in registers (`nf4_matmul_kernels`). Beyond, W is dequantised once into memory that torch's allocator hands from call to
+call, and cuBLAS works on it.
+
+CUDA graphs: nothing is read back, and every launch depends on shapes alone. Splits of K count their arrivals in a
+buffer of the stream they run on, made at the first call outside of a capture; a stream on which nothing ran before gets
+a buffer in the graph, zeroed at each replay. Graphs captured on one stream must not be replayed at the same time.
+torch.compile: `torch.ops.slothrl_kernels.nf4_matmul` is opaque to it, with a fake implementation and a backward.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slothrl_kernels.nf4_config import GEMM_ROWS, Nf4Config, choose_config, complete
+from slothrl_kernels.nf4_dequantize import nf4_dequantize, nf4_dequantize_reference
+from slothrl_kernels.nf4_weight import NestedAbsmax, Nf4Weight
+from slothrl_kernels.switch import HAS_TRITON, Impl, interpreted, processors, takes_triton
+
+if TYPE_CHECKING or HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from slothrl_kernels.nf4_matmul_kernels import nf4_gemm_kernel, nf4_gemv_kernel
+
+COUNTERS = 1 << 16
+_arrivals: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def nf4_matmul_reference(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tensor:
+    """The plain-torch truth of `nf4_matmul`: W dequantised to X's dtype, then torch's linear; float64 too."""
+    _check(x, weight, bias)
+    return F.linear(x, nf4_dequantize_reference(weight, x.dtype), bias)
+
+
+def nf4_matmul(
+    x: Tensor,
+    weight: Nf4Weight,
+    bias: Tensor | None = None,
+    impl: Impl = "auto",
+    config: Nf4Config | None = None,
+) -> Tensor:
+    """X W^T + bias, differentiable with respect to X and bias; W is frozen.
+
+    Args:
+        x: (..., K) bfloat16 or float16 (float32 runs, dequantised to it); any strides.
+        weight: W (N, K), any N. The GEMM needs K a multiple of 64 and a block size of 64 or more; other weights are
+            dequantised, and so is W where X has more than 256 rows, and in the backward: dX = dY W.
+        bias: (N,) of X's dtype.
+        impl: "auto" runs Triton where it serves, else the reference.
+        config: the launch; None chooses by shape.
+
+    Returns:
+        (..., N) of X's dtype. A GEMM's sums are float32. Its codes are rounded to X's dtype before absmax is put on,
+        where the reference rounds their product: errors of the same size that are not the same.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+        RuntimeError: impl="triton" and Triton is not installed.
+    """
+    _check(x, weight, bias)
+    nested = weight.nested
+    inner = (nested.code, nested.absmax, nested.offset) if nested else (None, None, None)
+    arguments = (weight.packed, weight.absmax, weight.code, list(weight.shape), weight.blocksize, *inner)
+    tail = (nested.blocksize if nested else 0, bias, impl, config.fields() if config else [])
+    wants_graph = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if torch.compiler.is_compiling() or wants_graph:
+        return torch.ops.slothrl_kernels.nf4_matmul(x, *arguments, *tail)
+    return _forward(x, weight, bias, impl, config)
+
+
+def _check(x: Tensor, weight: Nf4Weight, bias: Tensor | None) -> None:
+    if len(weight.shape) != 2 or x.dim() < 1 or x.size(-1) != weight.shape[1]:
+        raise ValueError(f"x must be (..., K) for a weight (N, K), not {tuple(x.shape)} for {weight.shape}")
+    if not x.is_floating_point() or x.device != weight.packed.device:
+        raise ValueError(f"x must be floats on {weight.packed.device}, not {x.dtype} on {x.device}")
+    if bias is not None and (bias.shape, bias.dtype, bias.device) != ((weight.shape[0],), x.dtype, x.device):
+        raise ValueError(f"bias must be ({weight.shape[0]},) {x.dtype}, not {tuple(bias.shape)} {bias.dtype}")
+
+
+def _forward(x: Tensor, weight: Nf4Weight, bias: Tensor | None, impl: Impl, config: Nf4Config | None) -> Tensor:
+    outputs, inputs = weight.shape
+    rows = x.numel() // inputs if inputs else 0
+    fits = x.dtype in (torch.bfloat16, torch.float16) and inputs % 64 == 0 and weight.blocksize >= 64
+    fits = fits and outputs > 0 and weight.packed.data_ptr() % 16 == 0  # bytes are read as words
+    if not (takes_triton(impl, x) and 0 < rows <= GEMM_ROWS and fits):
+        return F.linear(x, nf4_dequantize(weight, x.dtype, impl=impl), bias)
+    tokens = x.reshape(rows, inputs).contiguous()
+    if tokens.data_ptr() % 16:  # vector loads of pairs
+        tokens = tokens.clone()
+    count = processors(x.device)
+    chosen = complete(config, rows, outputs, inputs, count) if config else choose_config(rows, outputs, inputs, count)
+    return _launch(tokens, weight, bias, chosen).view(*x.shape[:-1], outputs)
+
+
+def _launch(x: Tensor, weight: Nf4Weight, bias: Tensor | None, config: Nf4Config) -> Tensor:
+    """x (M, K) contiguous -> (M, N)."""
+    (rows, inputs), outputs, nested, code = x.shape, weight.shape[0], weight.nested, weight.code
+    tensor_cores = config.block_m > 1
+    grid = (triton.cdiv(outputs, config.block_n), config.splits, triton.cdiv(rows, config.block_m))
+    y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    partials = arrived = code  # not touched by a single split
+    if config.splits > 1:
+        partials = torch.empty(config.splits * rows * outputs, dtype=torch.float32, device=x.device)
+        arrived = _arrival_counters(x.device, grid[0] * grid[2])
+    with torch.cuda.device_of(x):  # Triton launches on the current device, not on the tensor's
+        (nf4_gemm_kernel if tensor_cores else nf4_gemv_kernel)[grid](
+            x.view(torch.int64 if tensor_cores else torch.int32),
+            weight.packed.flatten().view(torch.int16 if tensor_cores else torch.int32),
+            weight.absmax,
+            code,
+            *((nested.code, nested.absmax, nested.offset) if nested else (code, code, code)),
+            code if bias is None else bias,
+            y,
+            partials,
+            arrived,
+            rows,
+            outputs,
+            inputs // (4 if tensor_cores else 8),
+            inputs // 64,
+            config.splits,
+            **_options(x.dtype, weight, bias is not None, config),
+        )
+    return y
+
+
+def _options(dtype: torch.dtype, weight: Nf4Weight, has_bias: bool, config: Nf4Config) -> dict[str, Any]:
+    """What a kernel is compiled for."""
+    options: dict[str, Any] = {
+        "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16,
+        "CHUNKS_A_BLOCK": weight.blocksize // 64,
+        "INNER_BLOCKSIZE": weight.nested.blocksize if weight.nested else 0,
+        "HAS_BIAS": has_bias,
+        "PTX": not interpreted() and torch.version.hip is None,
+        "BLOCK_N": config.block_n,
+        "CHUNKS": config.chunks,
+        "SPLIT": config.splits > 1,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+    if config.block_m > 1:
+        options |= {"BLOCK_M": config.block_m, "SCALE_FIRST": bool(config.scale_first), "INTERPRETED": interpreted()}
+    return options
+
+
+def _arrival_counters(device: torch.device, tiles: int) -> Tensor:
+    """Zeros, and zeros again after every launch; see the module's note on CUDA graphs."""
+    cuda = device.type == "cuda"
+    key = (device, torch.cuda.current_stream(device).cuda_stream if cuda else 0)
+    if tiles > COUNTERS or (key not in _arrivals and cuda and torch.cuda.is_current_stream_capturing()):
+        return torch.zeros(tiles, dtype=torch.int32, device=device)
+    if key not in _arrivals:
+        _arrivals[key] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    return _arrivals[key]
+
+
+def _as_weight(packed, absmax, code, shape, blocksize, inner_code, inner_absmax, offset, inner_blocksize) -> Nf4Weight:
+    nested = None if inner_code is None else NestedAbsmax(inner_code, inner_absmax, offset, inner_blocksize)
+    return Nf4Weight(packed, absmax, code, tuple(shape), blocksize, nested)
+
+
+def _operator(x, packed, absmax, code, shape, blocksize, inner_code, inner_absmax, offset, *tail) -> Tensor:
+    inner_blocksize, bias, impl, config = tail
+    weight = _as_weight(packed, absmax, code, shape, blocksize, inner_code, inner_absmax, offset, inner_blocksize)
+    return _forward(x, weight, bias, impl, Nf4Config(*config) if config else None)
+
+
+def _fake(x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, shape: list[int], *_) -> Tensor:
+    return x.new_empty((*x.shape[:-1], shape[0]))
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.weight, ctx.impl = inputs[1:10], inputs[11]
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple:
+    """dX = dY W and db = the sum of dY; the weight is the model's own memory and outlives the graph."""
+    needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[10]
+    to_x = gradient @ nf4_dequantize(_as_weight(*ctx.weight), gradient.dtype, impl=ctx.impl) if needs_x else None
+    to_bias = gradient.reshape(-1, gradient.size(-1)).sum(0) if needs_bias else None
+    return (to_x, *[None] * 9, to_bias, None, None)
+
+
+_library = torch.library.Library("slothrl_kernels", "FRAGMENT")
+_library.define(
+    "nf4_matmul(Tensor x, Tensor packed, Tensor absmax, Tensor code, int[] shape, int blocksize, Tensor? inner_code, "
+    "Tensor? inner_absmax, Tensor? offset, int inner_blocksize, Tensor? bias, str impl, int[] config) -> Tensor"
+)
+_library.impl("nf4_matmul", _operator, "CompositeExplicitAutograd")
+torch.library.register_fake("slothrl_kernels::nf4_matmul", _fake, lib=_library)
+torch.library.register_autograd("slothrl_kernels::nf4_matmul", _backward, setup_context=_save, lib=_library)

@@ -1,0 +1,262 @@
+"""Rotary position embedding (Su et al., arXiv:2104.09864) on q and k in one launch, halves paired as in transformers.
+
+For a head x with its first R entries in two halves (x1, x2), and cos and sin (.., R) in halves of the same names:
+
+    y1 = x1 cos1 - x2 sin1          y2 = x2 cos2 + x1 sin2
+
+Entries from R on pass through (partial rotary). The backward is the transposed map, the rotation by the negative angle:
+
+    dx1 = dy1 cos1 + dy2 sin2       dx2 = dy2 cos2 - dy1 sin1
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from slothrl_kernels.switch import HAS_TRITON, Impl, jit, takes_triton
+
+if TYPE_CHECKING or HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+TILE = 1024  # pairs a program holds at once
+
+
+def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """The plain-torch truth of `rope`, with the same arguments; differentiable; in the inputs' dtype throughout."""
+    _check(q, k, cos, sin)
+    rotated = [_rotate_reference(x, cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]) for x in (q, k)]
+    if in_place:
+        with torch.no_grad():
+            for x, y in zip((q, k), rotated, strict=True):
+                x.copy_(y)
+    return rotated[0], rotated[1]
+
+
+def _rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned, rest = x[..., : cos.size(-1)], x[..., cos.size(-1) :]
+    first, second = turned.chunk(2, -1)
+    return torch.cat([turned * cos + torch.cat([-second, first], -1) * sin, rest], -1)
+
+
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, in_place: bool = False, impl: Impl = "auto"
+) -> tuple[Tensor, Tensor]:
+    """q and k rotated by their positions; differentiable in q and k, not in cos and sin.
+
+    Args:
+        q: (B, Hq, S, D), k: (B, Hk, S, D) of one dtype, float32, bfloat16 or float16; any strides, so that the
+            transposed view of a projection's output is taken as it is. Hk may be smaller (GQA).
+        cos, sin: (B or 1, S, R) of any float dtype, gathered for whatever position ids (packed sequences, offsets); R
+            is even and at most D.
+        in_place: write over the memory of q and k and return tensors on it. Autograd raises in the backward if anything
+            had saved q or k; a projection's output is saved by nobody.
+        impl: "auto" runs Triton where it serves, else the reference.
+
+    Returns:
+        q and k of their own shapes and dtype; new ones keep the order of their strides. float32 inside, rounded once.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+        RuntimeError: impl="triton" and Triton is not installed.
+    """
+    _check(q, k, cos, sin)
+    if not takes_triton(impl, q) or q.dtype == torch.float64:
+        return rope_reference(q, k, cos, sin, in_place)
+    return _Rope.apply(q, k, cos, sin, in_place)  # pyright: ignore
+
+
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    if q.dim() != 4 or k.dim() != 4 or not q.is_floating_point() or (q.dtype, q.device) != (k.dtype, k.device):
+        raise ValueError(
+            f"q and k must be 4-D floats of one dtype, not {q.dim()}-D {q.dtype} and {k.dim()}-D {k.dtype}"
+        )
+    batch, _, length, width = q.shape
+    if (k.size(0), k.size(2), k.size(3)) != (batch, length, width):
+        raise ValueError(f"k must be ({batch}, heads, {length}, {width}), not {tuple(k.shape)}")
+    if cos.shape != sin.shape or cos.dim() != 3 or cos.size(0) not in (1, batch) or cos.size(1) != length:
+        raise ValueError(f"cos and sin must be ({batch} or 1, {length}, R), not {tuple(cos.shape)}, {tuple(sin.shape)}")
+    if cos.size(2) % 2 or not 0 < cos.size(2) <= width or cos.device != q.device or sin.device != q.device:
+        raise ValueError(f"R must be even and at most {width}, on {q.device}, not {cos.size(2)} on {cos.device}")
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
+        cos, sin = (x if x.stride(2) == 1 else x.contiguous() for x in (cos, sin))
+        ctx.save_for_backward(cos, sin)
+        outputs = _turn([q, k], cos, sin, backward=False, in_place=in_place)
+        if in_place:
+            torch.autograd.graph.increment_version((q, k))
+        return outputs[0], outputs[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple:
+        cos, sin = ctx.saved_tensors
+        to_q, to_k = _turn(list(gradients), cos, sin, backward=True, in_place=False)
+        return to_q, to_k, None, None, None
+
+
+def _turn(heads: list[Tensor], cos: Tensor, sin: Tensor, backward: bool, in_place: bool) -> list[Tensor]:
+    """q and k, or their gradients, turned; a copy first where the strides are not those of a tensor of its own."""
+    inputs = [x if x.stride(3) == 1 or x.size(3) == 1 else x.contiguous() for x in heads]
+    outputs = inputs if in_place else [torch.empty_like(x) for x in inputs]
+    (q, k), (batch, _, length, width), turned = inputs, inputs[0].shape, cos.size(2)
+    half_block = triton.next_power_of_2(turned // 2)
+    if min(batch, length) > 0:
+        with torch.cuda.device_of(q):
+            _rope_kernel[(batch * length,)](
+                q,
+                k,
+                *outputs,
+                cos,
+                sin,
+                *(stride for x in (q, k, *outputs) for stride in x.stride()[:3]),
+                cos.stride(0) if cos.size(0) > 1 else 0,
+                cos.stride(1),
+                sin.stride(0) if sin.size(0) > 1 else 0,
+                sin.stride(1),
+                length,
+                q.size(1),
+                k.size(1),
+                turned // 2,
+                0 if in_place else width - turned,
+                BACKWARD=backward,
+                HEADS=max(1, min(triton.next_power_of_2(max(q.size(1), k.size(1))), TILE // half_block)),
+                HALF=half_block,
+                REST=triton.next_power_of_2(max(1, width - turned)),
+                num_warps=4,
+            )
+    if in_place:  # back from the copies that strides forced
+        outputs = [y.detach() if x is y else y.detach().copy_(x) for x, y in zip(inputs, heads, strict=True)]
+    return outputs
+
+
+@jit
+def _turn_heads(
+    x,
+    y,
+    x_stride,
+    y_stride,
+    heads,
+    first_cos,
+    first_sin,
+    second_cos,
+    second_sin,
+    half,
+    rest,
+    BACKWARD: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """All heads of one token: x and y point at its first head."""
+    place = tl.arange(0, HALF)
+    for start in range(0, heads, HEADS):
+        head = (start + tl.arange(0, HEADS)).to(tl.int64)[:, None]
+        inside = (head < heads) & (place[None, :] < half)
+        source = x + head * x_stride + place[None, :]
+        a = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+        if BACKWARD:
+            c = a * first_cos + b * second_sin
+            d = b * second_cos - a * first_sin
+        else:
+            c = a * first_cos - b * first_sin
+            d = b * second_cos + a * second_sin
+        target = y + head * y_stride + place[None, :]
+        tl.store(target, c.to(y.dtype.element_ty), mask=inside)
+        tl.store(target + half, d.to(y.dtype.element_ty), mask=inside)
+        if rest > 0:
+            place_rest = tl.arange(0, REST)[None, :]
+            inside_rest = (head < heads) & (place_rest < rest)
+            kept = tl.load(x + head * x_stride + 2 * half + place_rest, mask=inside_rest, other=0.0)
+            tl.store(y + head * y_stride + 2 * half + place_rest, kept, mask=inside_rest)
+
+
+@jit
+def _rope_kernel(
+    q,
+    k,
+    q_out,
+    k_out,
+    cos,
+    sin,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    q_out_batch,
+    q_out_head,
+    q_out_token,
+    k_out_batch,
+    k_out_head,
+    k_out_token,
+    cos_batch,
+    cos_token,
+    sin_batch,
+    sin_token,
+    length,
+    q_heads,
+    k_heads,
+    half,
+    rest,
+    BACKWARD: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
+    batch = (tl.program_id(0) // length).to(tl.int64)  # 64 bits: batch * stride may pass 2**31
+    token = (tl.program_id(0) % length).to(tl.int64)
+    place = tl.arange(0, HALF)
+    cos += batch * cos_batch + token * cos_token
+    sin += batch * sin_batch + token * sin_token
+    first_cos = tl.load(cos + place, mask=place < half, other=0.0).to(tl.float32)[None, :]
+    first_sin = tl.load(sin + place, mask=place < half, other=0.0).to(tl.float32)[None, :]
+    second_cos = tl.load(cos + half + place, mask=place < half, other=0.0).to(tl.float32)[None, :]
+    second_sin = tl.load(sin + half + place, mask=place < half, other=0.0).to(tl.float32)[None, :]
+    q += batch * q_batch + token * q_token
+    q_out += batch * q_out_batch + token * q_out_token
+    _turn_heads(
+        q,
+        q_out,
+        q_head,
+        q_out_head,
+        q_heads,
+        first_cos,
+        first_sin,
+        second_cos,
+        second_sin,
+        half,
+        rest,
+        BACKWARD,
+        HEADS,
+        HALF,
+        REST,
+    )
+    k += batch * k_batch + token * k_token
+    k_out += batch * k_out_batch + token * k_out_token
+    _turn_heads(
+        k,
+        k_out,
+        k_head,
+        k_out_head,
+        k_heads,
+        first_cos,
+        first_sin,
+        second_cos,
+        second_sin,
+        half,
+        rest,
+        BACKWARD,
+        HEADS,
+        HALF,
+        REST,
+    )

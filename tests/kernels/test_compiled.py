@@ -1,0 +1,71 @@
+"""The kernels compiled for GPUs that are not here: what Triton makes of them needs a compiler, not a device."""
+
+import os
+import re
+
+import pytest
+from slothrl_kernels import HAS_TRITON
+from slothrl_kernels.nf4_config import DEFAULTS
+
+pytestmark = [
+    pytest.mark.skipif(not HAS_TRITON, reason="no Triton"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
+]
+CONSUMER_SHARED_MEMORY = 99 << 10
+
+
+def compile_kernel(kernel, pointers, integers, constants, capability, **options):
+    """pointers: name -> type; integers: int32 arguments. All are multiples of 16 but M, splits and counts."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {**pointers, **dict.fromkeys(integers, "i32")}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    even = [name for name in types if name not in ("M", "splits")]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in even}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def instructions(compiled, pattern: str) -> int:
+    return len(re.findall(pattern, compiled.asm["ptx"]))
+
+
+@pytest.mark.parametrize("inner", [0, 256], ids=["expanded", "nested"])
+def test_dequantisation_is_words_in_and_vectors_out(inner):
+    """One word a thread, one 16-byte store for its 8 weights, and nothing through shared memory."""
+    from slothrl_kernels.nf4_dequantize import _nf4_dequantize_kernel
+
+    pointers = dict.fromkeys(("code", "inner_code", "inner_absmax", "offset"), "*fp32")
+    pointers |= {"packed": "*i32", "absmax": "*u8" if inner else "*fp32", "out": "*bf16"}
+    constants = {"BLOCKSIZE": 64, "INNER_BLOCKSIZE": inner, "BY_WORD": True, "ROWS_APART": False}
+    constants |= {"WORDS": 256, "REPEAT": 4}
+    integers = ("count", "columns", "row_stride")
+    compiled = compile_kernel(
+        _nf4_dequantize_kernel, pointers, integers, constants, 90, num_warps=8, enable_fp_fusion=False
+    )
+    assert instructions(compiled, r"st\.global\.v4\.b32") == 4
+    assert instructions(compiled, r"st\.global") == 4 and compiled.metadata.shared == 0
+    assert instructions(compiled, r"fma\.") == 0  # code * absmax + offset is two roundings
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("rows", [1, 32, 64, 128])
+def test_default_gemms_fit_a_consumer_card(rows, capability):
+    """Shared memory within 99 KiB with everything on, and the look-up by byte permutes."""
+    import triton.language as tl
+    from slothrl_kernels.nf4_matmul_kernels import nf4_gemm_kernel
+
+    config = DEFAULTS[rows]
+    pointers = dict.fromkeys(("code", "inner_code", "inner_absmax", "offset", "partials"), "*fp32")
+    pointers |= {"x": "*i64", "packed": "*i16", "absmax": "*u8", "bias": "*bf16", "y": "*bf16", "arrived": "*i32"}
+    constants = {"DTYPE": tl.bfloat16, "CHUNKS_A_BLOCK": 1, "INNER_BLOCKSIZE": 256, "HAS_BIAS": True, "PTX": True}
+    constants |= {"INTERPRETED": False, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "SPLIT": True}
+    constants |= {"CHUNKS": config.chunks, "SCALE_FIRST": bool(config.scale_first)}
+    integers = ("M", "N", "row_units", "row_chunks", "splits")
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    compiled = compile_kernel(nf4_gemm_kernel, pointers, integers, constants, capability, **options)
+    assert compiled.metadata.shared <= CONSUMER_SHARED_MEMORY
+    assert instructions(compiled, r"lop3\.b32 high, over, under, mask") > 0
+    assert instructions(compiled, r"wgmma\.mma_async" if capability == 90 else r"mma\.sync") > 0
