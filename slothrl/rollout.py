@@ -72,7 +72,7 @@ def _check_formats(prepared: Prepared, wish: str) -> None:
     if prepared.model.quantization == "int8":
         raise NotShareableError("vLLM has no LLM.int8 to load into; it holds what it samples from unquantised")
     if engine_dtype(prepared) != (kept := str(prepared.model.dtype).removeprefix("torch.")):
-        raise NotShareableError(f"rollout.dtype={engine_dtype(prepared)} is not the trainer's {kept}")
+        raise NotShareableError(f"vLLM computes in {engine_dtype(prepared)}, the trainer in {kept} (model.dtype)")
 
 
 def attach_engine(prepared: Prepared, trainer, base: Base, console: Console) -> Engine:
@@ -128,8 +128,13 @@ def _start_vllm(prepared: Prepared, arguments: Any):
 
 
 def engine_dtype(prepared: Prepared) -> str:
-    chosen = prepared.config.rollout.dtype
-    return str(prepared.model.dtype).removeprefix("torch.") if chosen == "auto" else chosen
+    """What vLLM computes in: the trainer's dtype, where nothing else was asked for."""
+    chosen, model = prepared.config.rollout.dtype, prepared.model
+    if chosen != "auto":
+        return chosen
+    # vLLM packs 4-bit weights for 16-bit computation only.
+    packed = model.quantization in ("nf4", "checkpoint")
+    return "bfloat16" if packed and str(model.dtype) == "torch.float32" else str(model.dtype).removeprefix("torch.")
 
 
 def _probe_bound(prepared: Prepared) -> float:

@@ -165,9 +165,29 @@ def _kv_only_worker() -> type:
                 super().initialize_from_config(kv_cache_config)
 
         def sleep(self, level=1):
-            # Not the worker's own: it takes memory that another process filled meanwhile for a failure.
+            # Not the worker's own: it takes memory that another process filled meanwhile for a failure, and collects
+            # all of Python's garbage each time.
+            from vllm.device_allocator.cumem import unmap_and_release
+
             torch.cuda.synchronize()
-            super()._get_sleep_mode_backend().suspend(level)  # pyright: ignore - the CPU build's has another name
+            for allocation in self._kv_allocations():
+                unmap_and_release(allocation.handle)
+                allocation.is_asleep = True
+
+        def wake_up(self, tags=None):
+            from vllm.device_allocator.cumem import create_and_map
+
+            for allocation in self._kv_allocations():
+                if allocation.is_asleep:
+                    create_and_map(allocation.handle)
+                    allocation.is_asleep = False
+
+        @staticmethod
+        def _kv_allocations():
+            from vllm.device_allocator.cumem import CuMemAllocator
+
+            allocations = CuMemAllocator.get_instance().pointer_to_data.values()
+            return [allocation for allocation in allocations if allocation.tag == "kv_cache"]
 
         def compile_or_warm_up_model(self):
             capture = self.model_runner.capture_model

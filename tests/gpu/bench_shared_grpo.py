@@ -14,12 +14,19 @@ import sys
 from pathlib import Path
 
 SEEDS = (0, 1, 2)
-COMMON = "rollout=vllm rollout.enforce_eager=true logger.samples=0 logger.progress=false model.quantization=nf4"
+COMMON = "rollout=vllm rollout.enforce_eager=true logger.samples=0 logger.progress=false"
+NF4 = "model.quantization=nf4 model.dtype=bfloat16"
 CURVES = """model=hub trainer.learning_rate=1e-4 trainer.lr_scheduler_type=linear trainer.warmup_steps=2
     data=arithmetic data.task.digits=3 data.task.min_digits=2 data.task.operations=['+','*'] data.train_size=2000
     data.eval_size=100 trainer.max_completion_length=16 rollout.gpu_memory_utilization=0.1 rollout.kv_cache_gb=2"""
-LONG = """data.task.digits=2 trainer.max_steps=500 trainer.per_device_train_batch_size=16 trainer.num_generations=4 data.eval_size=4
-    trainer.max_completion_length=6 rollout.kv_cache_gb=4 trainer.logging_steps=1"""
+REWARD = """
+def digits(completions, **columns):
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [sum(character.isdigit() for character in text) / max(1, len(text)) for text in texts]
+"""
+LONG = """data.task.digits=2 data.max_prompt_length=128 data.eval_size=4 trainer.per_device_train_batch_size=16
+    trainer.num_generations=4 trainer.max_completion_length=6 rollout.kv_cache_gb=4
+    rollout.gpu_memory_utilization=0.1"""
 
 
 def start(folder: Path, line: str) -> subprocess.Popen:
@@ -37,7 +44,7 @@ def curves(arguments: argparse.Namespace) -> None:
     runs = []
     for kind, share in (("shared", "always"), ("two", "never")):
         for seed in SEEDS:
-            line = f"{COMMON} {CURVES} model.name={arguments.model} trainer.max_steps={arguments.steps}"
+            line = f"{COMMON} {NF4} {CURVES} model.name={arguments.model} trainer.max_steps={arguments.steps or 40}"
             folder = arguments.out / f"{kind}-{seed}"
             runs.append((folder, start(folder, f"{line} rollout.share_base={share} seed={seed}")))
     for folder, process in runs:
@@ -85,7 +92,9 @@ def draw(out: Path, folders: list[Path]) -> None:
 
 def long(arguments: argparse.Namespace) -> None:
     folder = arguments.out / "long"
-    code = start(folder, f"{COMMON} {LONG}").wait()
+    model = f"model=hub model.name={arguments.model}" if arguments.model else ""
+    model += f" reward=custom reward.functions=[{arguments.out / 'digits.py'}:digits]"
+    code = start(folder, f"{COMMON} {NF4} {LONG} {model} trainer.max_steps={arguments.steps or 500}").wait()
     print("ended with", code, flush=True)
     print("\n".join(folder.with_suffix(".log").read_text().splitlines()[-40:]))
 
@@ -94,10 +103,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, help="default 40, and 500 for --long")
     parser.add_argument("--long", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    reward = arguments.out / "digits.py"  # random models earn something by it, so that there is a gradient
+    reward.write_text(REWARD)
+    if arguments.tiny:
+        from tests.families import make_checkpoint
+
+        arguments.model = make_checkpoint("llama", arguments.out / "tiny")
     long(arguments) if arguments.long else curves(arguments)
 
 
