@@ -20,9 +20,8 @@ CURVES = """model=hub trainer.learning_rate=1e-4 trainer.lr_scheduler_type=linea
     data=arithmetic data.task.digits=3 data.task.min_digits=2 data.task.operations=['+','*'] data.train_size=2000
     data.eval_size=100 trainer.max_completion_length=16 rollout.gpu_memory_utilization=0.1 rollout.kv_cache_gb=2"""
 REWARD = """
-def digits(completions, **columns):
-    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-    return [sum(character.isdigit() for character in text) / max(1, len(text)) for text in texts]
+def even(completions, completion_ids, **columns):
+    return [sum(i % 2 == 0 for i in ids) / len(ids) for ids in completion_ids]
 """
 LONG = """data.task.digits=2 data.max_prompt_length=128 data.eval_size=4 trainer.per_device_train_batch_size=16
     trainer.num_generations=4 trainer.max_completion_length=6 rollout.kv_cache_gb=4
@@ -93,7 +92,7 @@ def draw(out: Path, folders: list[Path]) -> None:
 def long(arguments: argparse.Namespace) -> None:
     folder = arguments.out / "long"
     model = f"model=hub model.name={arguments.model}" if arguments.model else ""
-    model += f" reward=custom reward.functions=[{arguments.out / 'digits.py'}:digits]"
+    model += f" reward=custom reward.functions=[{arguments.out / 'even.py'}:even]"
     code = start(folder, f"{COMMON} {NF4} {LONG} {model} trainer.max_steps={arguments.steps or 500}").wait()
     print("ended with", code, flush=True)
     print("\n".join(folder.with_suffix(".log").read_text().splitlines()[-40:]))
@@ -108,7 +107,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    reward = arguments.out / "digits.py"  # random models earn something by it, so that there is a gradient
+    reward = arguments.out / "even.py"  # that a random model earns too, so that there is a gradient
     reward.write_text(REWARD)
     if arguments.tiny:
         from tests.families import make_checkpoint
