@@ -75,6 +75,7 @@ class RolloutConfig:
     max_model_len: int | None = None  # tokens; default: prompt + completion
     enforce_eager: bool = False  # no CUDA graphs
     dtype: str = "auto"  # vLLM's compute dtype; auto: the trainer's
+    timeout: float = 1800.0  # seconds one rollout may take; an engine that hangs ends the run, which can be resumed
     probe: bool = True  # policy-identity probe after each LoRA push
     probe_bound: float | None = None  # nats, mean absolute; default 0.001 where both sides are float32, else 0.15
 
@@ -114,4 +115,6 @@ class Config:
     trainer: Any = field(default_factory=dict)
     seed: int = 0
     output_dir: str | None = None  # default: Hydra's run folder
-    resume: str | None = None  # a run folder or a checkpoint-* folder
+    resume: str | None = None  # a run folder or a checkpoint-* folder; "auto" on the command line: the latest run
+    resume_changed: bool = False  # go on although dataset, model, LoRA, rewards or batches are not the run's
+    max_nonfinite_steps: int = 3  # skipped steps in a row (loss or gradient NaN or infinite) that end the run

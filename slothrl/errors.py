@@ -1,8 +1,10 @@
-"""Errors that are the user's to mend: shown as plain lines and exit code 2, never as a traceback."""
+"""Errors that are the user's to mend: shown as plain lines and an exit code, never as a traceback."""
 
 
 class UserError(Exception):
     """Something the user asked for cannot be done; the message says what and which knob mends it."""
+
+    exit_code = 2
 
 
 class ConfigError(UserError):
@@ -19,3 +21,9 @@ class ConfigError(UserError):
 
 class PolicyMismatchError(UserError):
     """The engine samples from another policy than the one being trained."""
+
+
+class FaultError(UserError):
+    """Something went wrong while training: memory, disk, numbers or the engine. What was saved is whole."""
+
+    exit_code = 1
