@@ -85,13 +85,13 @@ def _settled(given: list[str]) -> list[str]:
 
 
 def _clear(folder: Path | None) -> None:
-    """Put aside the metrics of a part that ended before its first checkpoint: they would be in the curve twice."""
-    if folder is None or not (folder / LOGS[0]).exists() or (folder / "summary.json").exists():
+    """Put aside the logs of a part that ended before its first checkpoint: their steps would be there twice."""
+    found = [folder / name for name in LOGS if (folder / name).exists()] if folder is not None else []
+    if folder is None or not found or (folder / "summary.json").exists():
         return
     with only_writer(folder):  # it may be a run that is still before its first checkpoint
-        for name in LOGS:
-            if (folder / name).exists():
-                (folder / name).rename(folder / f"{name}.abandoned")
+        for path in found:
+            path.rename(path.with_name(f"{path.name}.abandoned"))
 
 
 def _latest_run() -> Path | None:

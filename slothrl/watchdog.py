@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 EXIT_CODE = 1
-GRACE = 5.0  # seconds that the friendly message has before the last resort
+GRACE = 3.0  # seconds that the friendly message has before the last resort
 
 
 @contextmanager

@@ -215,7 +215,10 @@ def load_adapters(model: PeftModel, folder: Path) -> None:
         path = (folder if name == "default" else folder / name) / "adapter_model.safetensors"
         if not path.exists():
             raise checkpoint.BadCheckpointError(f"{folder} holds no adapter {name!r}")
-        result = set_peft_model_state_dict(model, load_file(path), adapter_name=name)
+        try:
+            result = set_peft_model_state_dict(model, load_file(path), adapter_name=name)
+        except RuntimeError as error:  # sizes
+            raise checkpoint.BadCheckpointError(f"{path} does not fit the model's LoRA: {error}") from error
         if result.unexpected_keys:
             raise checkpoint.BadCheckpointError(
                 f"{path} has tensors that the model has not: {result.unexpected_keys[:3]}"
