@@ -79,8 +79,7 @@ def _take_over(trainer, point: ResumePoint, console: Console) -> None:
     console.print(
         f"all {trainer.args.max_steps} steps are done (trainer.max_steps): nothing left to train", markup=False
     )
-    trainer._load_from_checkpoint(str(point.path))
-    trainer.state.global_step = point.step
+    trainer.take_over(point.path)
 
 
 def save_adapter(trainer, output_dir: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
 
 from slothrl import __version__, checkpoint
 from slothrl.phases import CHECKPOINT, Phases
@@ -201,6 +201,12 @@ class ExactCheckpoints(Trainer):
         for mode, values in progress["metrics"].items():
             self._metrics[mode] = defaultdict(list, values)  # pyright: ignore - TRL's
         set_random_state(load_tree(Path(checkpoint), "random")["now"])
+
+    def take_over(self, folder: Path) -> None:
+        """Be as at the end of training, from the checkpoint of the last step."""
+        self._load_from_checkpoint(str(folder))
+        self.state = TrainerState.load_from_json(str(folder / STATE))
+        self._load_rng_state(str(folder))
 
 
 def load_adapters(model: PeftModel, folder: Path) -> None:

@@ -1,7 +1,8 @@
-"""Runs that are killed and go on: `python -m tests.integration.killed_runs FOLDER KILLS SEED override…`.
+"""Runs that are killed and go on: `python -m tests.integration.killed_runs FOLDER KILLS SEED override… [-- override…]`.
 
 Imports once and forks for every part of a run, which a SIGKILL then ends at a random moment, also in the middle of a
-save. Prints one line of JSON: kills, from which steps it went on, and every difference from the uninterrupted run.
+save. Prints a line of JSON for each list of overrides: kills, from which steps it went on, and every difference from the
+uninterrupted run.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-TIMES = ("seconds", "step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+TIMES = ("seconds", "_time", "runtime", "per_second")  # how the names of wall-clock metrics end
 # What a checkpoint holds that knows no wall-clock time.
 TIMELESS = ("adapter_model.safetensors", "optimizer.safetensors", "optimizer.json", "scheduler.json")
 TIMELESS += ("random.safetensors", "random.json", "rollouts.safetensors", "rollouts.json")
@@ -52,11 +53,11 @@ def last_checkpoint(run: Path) -> Path:
 def outcome(run: Path) -> dict:
     """All of a finished run that must be the same whenever it was killed."""
     files = json.loads((last_checkpoint(run) / "manifest.json").read_text(encoding="utf-8"))["files"]
-    metrics = [{k: v for k, v in line.items() if k not in TIMES} for line in lines(run / "metrics.jsonl")]
+    metrics = [{k: v for k, v in line.items() if not k.endswith(TIMES)} for line in lines(run / "metrics.jsonl")]
     return {
         **{name: files[name]["sha256"] for name in TIMELESS if name in files},
         "final adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes().hex(),
-        # train_loss is a mean over the process's own steps; the last line is this summary.
+        # The summary at the end of training is not there again where nothing was left to train.
         "metrics": [line for line in metrics if "train_loss" not in line],
         "samples": lines(run / "samples.jsonl") if (run / "samples.jsonl").exists() else [],
         "held_out": lines(run / "held_out.jsonl"),
@@ -85,13 +86,18 @@ def killed_run(arguments: list[str], run: Path, kills: int, span: float, chance:
         done += 1
 
 
-def main(folder: Path, kills: int, seed: int, overrides: list[str]) -> dict:
+def load() -> None:
+    """Import what takes seconds, before any fork."""
     import torch
 
     import slothrl.run
-    import slothrl.trainers.build  # noqa: F401 - what takes seconds to import, before the forks
+    import slothrl.trainers.build  # noqa: F401
 
     torch.set_num_threads(1)
+
+
+def main(folder: Path, kills: int, seed: int, overrides: list[str]) -> dict:
+    folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     assert end(begin([*overrides, f"output_dir={folder / 'whole'}"], folder / "whole.txt")) == 0
     span, wanted, chance = time.monotonic() - start, outcome(folder / "whole"), random.Random(seed)
@@ -108,4 +114,12 @@ def main(folder: Path, kills: int, seed: int, overrides: list[str]) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])))
+    load()
+    jobs: list[list[str]] = [[]]
+    for word in sys.argv[4:]:
+        if word == "--":
+            jobs.append([])
+        else:
+            jobs[-1].append(word)
+    for number, job in enumerate(jobs):
+        print(json.dumps(main(Path(sys.argv[1], str(number)), int(sys.argv[2]), int(sys.argv[3]), job)), flush=True)
