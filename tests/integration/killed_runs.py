@@ -1,8 +1,8 @@
 """Runs that are killed and go on: `python -m tests.integration.killed_runs FOLDER KILLS SEED override… [-- override…]`.
 
 Imports once and forks for every part of a run, which a SIGKILL then ends at a random moment, also in the middle of a
-save. Prints a line of JSON for each list of overrides: kills, from which steps it went on, and every difference from the
-uninterrupted run.
+save. Prints a line of JSON for each list of overrides: kills, from which steps it went on, and every difference from
+the uninterrupted run.
 """
 
 from __future__ import annotations

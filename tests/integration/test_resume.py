@@ -1,4 +1,4 @@
-"""Going on with a run: bit for bit after kills, past damaged checkpoints, at an epoch's end, and not with another run."""
+"""Going on with a run: bit for bit after kills, past damaged checkpoints, at an epoch's end, not with another run."""
 
 import json
 import os
