@@ -26,7 +26,7 @@ FORMAT = 1
 SUFFIXES = (".safetensors", ".json")  # all that is ever written or read
 _NAME = re.compile(r"checkpoint-(\d+)")
 _SCRATCH = re.compile(r"\.checkpoint-\d+\..*\.(tmp|old)")
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BadCheckpointError(UserError):
@@ -122,10 +122,10 @@ def _sync(path: Path) -> None:
 
 
 def _no_room(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         return True
     # safetensors raises its own type, with the system's number in the text.
-    return any(f"os error {number}" in str(error) for number in _NO_ROOM)
+    return any(f"os error {number}" in str(error) for number in NO_ROOM)
 
 
 def _disk_full(target: Path, needed: int) -> DiskFullError:
@@ -232,20 +232,23 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def rotate(folder: Path, limit: int | None, keep: Path | None = None) -> None:
-    """Delete the oldest checkpoints until `limit` are left; the newest and `keep` stay. None or 0: no limit."""
-    found = checkpoints(folder)
+def rotate(folder: Path, limit: int | None, *keep: Path | None) -> None:
+    """Delete the checkpoints written first until `limit` are left, but none of `keep`. None or 0: no limit.
+
+    By time and not by step: the folder may hold those of an earlier run that went further.
+    """
     if limit is None or limit <= 0:
         return
-    for path in reversed(found[1:]):
+    found = sorted(checkpoints(folder), key=lambda path: (path.stat().st_mtime_ns, step_of(path)))
+    for path in list(found):
         if len(found) <= limit:
             return
-        if keep is None or path != keep:
+        if path not in keep:
             shutil.rmtree(path, ignore_errors=True)
             found.remove(path)
 
 
-def make_room(folder: Path, needed: int, limit: int | None, keep: Path | None = None) -> None:
+def make_room(folder: Path, needed: int, limit: int | None, *keep: Path | None) -> None:
     """Where `needed` bytes are not free, delete now the oldest that the limit would delete after the save anyway."""
     if limit and limit > 1 and shutil.disk_usage(folder).free < needed:
-        rotate(folder, limit - 1, keep)
+        rotate(folder, limit - 1, *keep)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from slothrl.checkpoint import NO_ROOM, DiskFullError
 from slothrl.errors import FaultError, UserError
 from slothrl.memory import measure
 from slothrl.phases import BACKWARD, FORWARD, LOGPROBS, OPTIMIZER, ROLLOUT
@@ -36,6 +37,8 @@ def explained(error: BaseException, trainer: Any, engine: str, advice: str) -> F
         return error
     if isinstance(error, UserError) or not isinstance(error, Exception):
         return None
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return DiskFullError(f"disk full while writing {error.filename or 'the logs'}: free some space\n{advice}")
     phase = trainer.phases.current
     if out_of_memory(error):
         return OutOfMemoryFault(f"{_memory_report(error, trainer, engine, phase)}\n{advice}")

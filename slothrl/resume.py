@@ -36,7 +36,8 @@ def record_command(folder: Path, arguments: Sequence[str]) -> None:
     """Write down what a run is started with, so that `resume=FOLDER` alone goes on with it. The first part's stays."""
     path = folder / RUN
     if not path.exists():
-        path.write_text(json.dumps({"arguments": list(arguments)}, indent=1) + "\n", encoding="utf-8")
+        kept = [word for word in arguments if _key(word) not in ("resume", "resume_changed")]
+        path.write_text(json.dumps({"arguments": kept}, indent=1) + "\n", encoding="utf-8")
 
 
 def recalled(arguments: Sequence[str]) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from slothrl.checkpoint import sweep
+from slothrl.checkpoint import set_aside, sweep
 from slothrl.checks import set_fields
 from slothrl.config import Config
 from slothrl.engine import Engine
@@ -106,6 +106,8 @@ def _run(
 def _resume_point(prepared: Prepared, output_dir: Path, made_of: dict, console: Console) -> ResumePoint | None:
     config = prepared.config
     if not config.resume:
+        for moved in set_aside(output_dir, above=-1):
+            console.print(f"renamed to {moved.name}: a new run begins here", markup=False)
         return None
     place = Path(config.resume).expanduser()
     return settle(place, output_dir, made_of, settings(prepared), config.resume_changed, console)

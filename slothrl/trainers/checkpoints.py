@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import ExportableState, TrainerState
 
 from slothrl import __version__, checkpoint
@@ -17,6 +17,7 @@ from slothrl.phases import CHECKPOINT, Phases
 from slothrl.random_state import random_state, set_random_state
 from slothrl.resume import log_lengths
 from slothrl.tensor_tree import load_tree, save_tree, tree_bytes
+from slothrl.trainers.epochs import EpochStart, shuffling
 
 STATE = "trainer_state.json"  # transformers' name for its own JSON
 # Attributes of the trainers, as they stand between two steps.
@@ -48,10 +49,21 @@ class ExactCheckpoints(Trainer):
         self.phases = Phases()
         self.made_of: dict[str, Any] | None = None
         self.settings: dict[str, Any] | None = None
-        self._epoch_start: dict[str, Any] = {}
-        self._resumed_random: dict[str, Any] | None = None
+        self.epoch_shuffling: dict[str, Any] = {}
+        self.resumed_shuffling: dict[str, Any] | None = None
         super().__init__(*positional, **named)
-        self.add_callback(_EpochStart(self))
+        self.add_callback(EpochStart(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *positional, **named):
+        """As transformers'; `True` takes the newest checkpoint that verifies, and names those it skips."""
+        if resume_from_checkpoint is True:
+            search = checkpoint.newest(Path(self.args.output_dir or "."))
+            for path, reason in search.skipped:
+                print(f"skipped {path.name}: {reason}")
+            if search.found is None:
+                raise ValueError(f"no checkpoint that can be used in {self.args.output_dir}")
+            resume_from_checkpoint = str(search.found)
+        return super().train(resume_from_checkpoint, *positional, **named)
 
     # --- saving -------------------------------------------------------------------------------------------------
 
@@ -77,7 +89,7 @@ class ExactCheckpoints(Trainer):
             path = checkpoint.write(folder, self.state.global_step, self._fill, about, needed)
             if self.args.push_to_hub:
                 self._push_from_checkpoint(str(path))
-            checkpoint.rotate(folder, limit, best)
+            checkpoint.rotate(folder, limit, path, best)
 
     def _fill(self, folder: Path) -> None:
         self._save_weights(folder)
@@ -159,8 +171,8 @@ class ExactCheckpoints(Trainer):
     def _next_epoch_start(self) -> dict[str, Any]:
         """Random states from which the epoch that a resumed run begins in was, or will be, shuffled."""
         if self.state.epoch is not None and float(self.state.epoch).is_integer():
-            return _shuffling(self.callback_handler.train_dataloader)
-        return self._epoch_start
+            return shuffling(self.callback_handler.train_dataloader)
+        return self.epoch_shuffling
 
     # --- loading ------------------------------------------------------------------------------------------------
 
@@ -180,7 +192,7 @@ class ExactCheckpoints(Trainer):
         folder = Path(checkpoint)
         self.optimizer.load_state_dict(load_tree(folder, "optimizer"))
         self.lr_scheduler.load_state_dict(load_tree(folder, "scheduler"))
-        self._resumed_random = load_tree(folder, "random")["epoch"]
+        self.resumed_shuffling = load_tree(folder, "random")["epoch"]
         if (folder / "rollouts.json").exists():
             rollouts = load_tree(folder, "rollouts")
             self._buffered_inputs = _to_device(rollouts["inputs"], self.args.device)
@@ -229,46 +241,6 @@ def load_adapters(model: PeftModel, folder: Path) -> None:
             raise checkpoint.BadCheckpointError(
                 f"{path} has tensors that the model has not: {result.unexpected_keys[:3]}"
             )
-
-
-class _EpochStart(TrainerCallback):
-    """Notes how each epoch is shuffled, and shuffles the first one of a resumed run as it was.
-
-    TRL's sampler draws every epoch's order from one generator, and skipping batches hides accelerate's sampler from
-    transformers' set_epoch: without this a run resumed in its second epoch sees the first one's order again.
-    """
-
-    def __init__(self, trainer: ExactCheckpoints):
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        trainer = self.trainer
-        if trainer._resumed_random:
-            _shuffle_as(train_dataloader, trainer._resumed_random, int(state.epoch or 0))
-            trainer._resumed_random = None
-        trainer._epoch_start = _shuffling(train_dataloader)
-
-
-def _sampler(dataloader: Any) -> Any:
-    found: Any = getattr(dataloader, "batch_sampler", None)
-    while hasattr(found, "batch_sampler"):
-        found = found.batch_sampler
-    return getattr(found, "sampler", None)
-
-
-def _shuffling(dataloader: Any) -> dict[str, Any]:
-    generator = getattr(_sampler(dataloader), "generator", None)
-    return {"random": random_state(), "sampler": generator.get_state() if generator is not None else None}
-
-
-def _shuffle_as(dataloader: Any, saved: dict[str, Any], epoch: int) -> None:
-    sampler = _sampler(dataloader)
-    generator = getattr(sampler, "generator", None)
-    if generator is not None and saved["sampler"] is not None:
-        generator.set_state(saved["sampler"])
-    if hasattr(sampler, "set_epoch"):
-        sampler.set_epoch(epoch)
-    set_random_state(saved["random"])
 
 
 def _plain(values: Any) -> Any:

@@ -232,6 +232,12 @@ def test_auto(tmp_path, tiny_folders, reward, monkeypatch, capsys):
     assert main([*arguments, "output_dir=run"]) == 0
     assert "all 3 steps are done" in " ".join(capsys.readouterr().out.split())
     assert differing(outcome(tmp_path / "run"), before) == []
+    # Without a folder it is the newest run in outputs/ that is not finished.
+    latest = tmp_path / "outputs" / "2026-01-01" / "00-00-00-slothrl"
+    shutil.copytree(tmp_path / "run", latest)
+    (latest / "summary.json").unlink()
+    assert main(["resume=auto"]) == 0
+    assert (latest / "summary.json").exists()
     assert main([*arguments, "--multirun"]) == 2
     assert "resume=auto goes on with one run" in capsys.readouterr().err
 

@@ -159,13 +159,17 @@ def test_a_failed_fill_leaves_nothing_and_raises(tmp_path):
 
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path):
-    paths = saved(tmp_path, 1, 2, 10, 9)  # by number, not by name or time
+    paths = saved(tmp_path, 90, 1, 2, 10)  # 90 is of an earlier run in this folder
+    for age, path in enumerate(reversed(paths)):
+        os.utime(path, (1e9 - age, 1e9 - age))
     (tmp_path / "checkpoint-old").mkdir()
     checkpoint.rotate(tmp_path, None)
     assert len(checkpoint.checkpoints(tmp_path)) == 4
-    checkpoint.rotate(tmp_path, 2, keep=paths[0])
+    checkpoint.rotate(tmp_path, 3, paths[-1])
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [10, 2, 1]
+    checkpoint.rotate(tmp_path, 2, paths[-1], paths[1])
     assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [10, 1]
-    checkpoint.rotate(tmp_path, 1)
+    checkpoint.rotate(tmp_path, 1, paths[-1], None)
     assert names(tmp_path) == {"checkpoint-10", "checkpoint-old"}
 
 
