@@ -85,7 +85,7 @@ class Guards(Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        losses = torch.stack([loss.float() for loss in self._losses]).tolist()
+        losses = torch.stack([loss.float() for loss in self._losses]).tolist() if self._losses else []
         scaled = getattr(self.accelerator, "scaler", None) is not None
         finite = all(map(math.isfinite, losses)) and (scaled or norm is None or math.isfinite(float(norm)))
         if finite:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from slothrl.checkpoint import newest, step_of, verify
+from slothrl.checkpoint import DiskFullError, newest, step_of, verify
 from slothrl.compose import compose_config
 from slothrl.engine import TransformersEngine
 from slothrl.errors import FaultError
@@ -188,6 +188,16 @@ def test_remedies_follow_from_the_settings(started):
     assert remedies("backward", args, "vllm")[0] == second
     assert "gpu_memory_utilization" in remedies("rollout", args, "vllm")[0]
     assert "adamw_8bit" in remedies("optimizer", args, "vllm")[0]
+
+
+def test_a_full_disk_under_the_logs(started):
+    """Linux's own: a device that is always full."""
+    run = started()
+    with pytest.raises(OSError) as caught, open("/dev/full", "w", buffering=1) as file:
+        file.write("a line\n")
+    fault = explained(caught.value, run.trainer, "transformers", "go on with: X")
+    assert isinstance(fault, DiskFullError)
+    assert str(fault).startswith("disk full while writing ")
 
 
 def test_what_counts_as_out_of_memory():
