@@ -8,12 +8,13 @@ from importlib import import_module
 
 COMMANDS = {
     "train": ("slothrl.train", "train a model: python -m slothrl [train] group=choice key=value … (the default)"),
+    "doctor": ("slothrl.doctor", "is this machine ready? every part tried, with the fix for what is not"),
     "reward": ("slothrl.reward_command", "try reward functions without a model: python -m slothrl reward key=value …"),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 2 for a mistake of the user's, 130 after Ctrl-C."""
+    """Run one command; exit codes: 0, 2 for a mistake of the user's, 1 after a fault, 130 or 143 after a signal."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments.pop(0) if arguments and arguments[0] in COMMANDS else "train"
     if arguments[:1] == ["commands"]:

@@ -122,10 +122,10 @@ def _trainer_problems(kind: str, trainer: dict[str, Any]) -> list[str]:
 
 def _ranges(config: Any) -> list[str]:
     found = []
-    for key in ("model.lora.r", "logger.samples_every", "reward.workers"):
+    for key in ("model.lora.r", "logger.samples_every", "reward.workers", "max_nonfinite_steps"):
         if (value := OmegaConf.select(config, key)) < 1:
             found.append(f"{key}={value}: must be at least 1")
-    for key in ("reward.timeout", "reward.memory_gb"):
+    for key in ("reward.timeout", "reward.memory_gb", "rollout.timeout"):
         if not 0 < (value := OmegaConf.select(config, key)) < float("inf"):
             found.append(f"{key}={value}: must be over 0")
     for value in config.reward.weights or []:

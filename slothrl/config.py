@@ -77,6 +77,7 @@ class RolloutConfig:
     share_base: str = "auto"  # one copy of the base for vLLM and the trainer: auto, always (or refuse), never
     sleep: bool = True  # vLLM gives up its KV cache while the trainer works (GPU)
     dtype: str = "auto"  # vLLM's compute dtype; auto: the trainer's
+    timeout: float = 1800.0  # seconds one rollout may take; an engine that hangs ends the run, which can be resumed
     probe: bool = True  # policy-identity probe after each LoRA push
     probe_bound: float | None = None  # nats, mean absolute; default 0.001 in float32, else what the start shows
 
@@ -116,4 +117,6 @@ class Config:
     trainer: Any = field(default_factory=dict)
     seed: int = 0
     output_dir: str | None = None  # default: Hydra's run folder
-    resume: str | None = None  # a run folder or a checkpoint-* folder
+    resume: str | None = None  # a run folder or a checkpoint-* folder; "auto" on the command line: the latest run
+    resume_changed: bool = False  # go on although dataset, model, LoRA, rewards or batches are not the run's
+    max_nonfinite_steps: int = 3  # skipped steps in a row (loss or gradient NaN or infinite) that end the run

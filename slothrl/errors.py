@@ -1,8 +1,10 @@
-"""Errors that are the user's to mend: shown as plain lines and exit code 2, never as a traceback."""
+"""Errors that are the user's to mend: shown as plain lines and an exit code, never as a traceback."""
 
 
 class UserError(Exception):
     """Something the user asked for cannot be done; the message says what and which knob mends it."""
+
+    exit_code = 2
 
 
 class ConfigError(UserError):
@@ -23,3 +25,9 @@ class PolicyMismatchError(UserError):
 
 class NotShareableError(UserError):
     """vLLM holds a base model in a form that transformers cannot be laid over; the message says which part and why."""
+
+
+class FaultError(UserError):
+    """Something went wrong while training: memory, disk, numbers or the engine. What was saved is whole."""
+
+    exit_code = 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,18 +10,22 @@ from pathlib import Path
 
 from rich.console import Console
 
+from slothrl.checkpoint import set_aside, sweep
 from slothrl.checks import set_fields
 from slothrl.config import Config
 from slothrl.engine import Engine
-from slothrl.errors import UserError
 from slothrl.evaluate import HeldOut, held_out
-from slothrl.memory_phases import phase_table
+from slothrl.fingerprint import fingerprint, settings
+from slothrl.interrupts import Interrupts
 from slothrl.models import parameter_bytes
 from slothrl.plan import Batch, Plan, size
 from slothrl.prepare import Prepared, prepare
 from slothrl.report import append_jsonl, draw_curve, read_json, read_jsonl, write_json
+from slothrl.resume import ResumePoint, resume_command, settle
 from slothrl.reward_workers import closing_workers
 from slothrl.rollout import Base, attach_engine, open_base
+from slothrl.run_lock import only_writer
+from slothrl.training import train
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Summary:
         metric: what `before` and `after` measure: a reward function's name (greedy, held-out), or "eval_loss".
         before, after: None where nothing was held out, or where the run stopped before measuring.
         resume: the command that goes on, where the run was interrupted.
+        signal: what interrupted it, "SIGINT" or "SIGTERM".
     """
 
     output_dir: str
@@ -43,6 +48,7 @@ class Summary:
     seconds: float
     engine: str
     resume: str | None = None
+    signal: str | None = None
 
 
 @closing_workers()
@@ -54,23 +60,34 @@ def run(config: Config, output_dir: Path, overrides: Sequence[str] = (), console
         output_dir: everything the run writes lands here.
         overrides: the command line that led here, for the command that resumes.
     Raises:
-        UserError: something the user can mend; nothing has been trained.
+        UserError: something the user can mend; nothing has been trained, unless it is a `FaultError`.
+        Stopped: a signal came while there was no step to finish, or a second one.
     """
+    with only_writer(output_dir), Interrupts() as interrupts:
+        return _run(config, output_dir, overrides, console or Console(), interrupts)
+
+
+def _run(
+    config: Config, output_dir: Path, overrides: Sequence[str], console: Console, interrupts: Interrupts
+) -> Summary:
     from slothrl.trainers.build import build_trainer, trainer_config
 
     start = time.monotonic()
-    console = console or Console()
+    sweep(output_dir)
     prepared = prepare(config, output_dir)
     arguments = trainer_config(prepared, output_dir)
-    checkpoint = find_checkpoint(Path(config.resume)) if config.resume else None
+    made_of = fingerprint(prepared, arguments)
+    point = _resume_point(prepared, output_dir, made_of, console)
     base = open_base(prepared, arguments)
     trainer = build_trainer(prepared, arguments, base.model)
+    trainer.made_of, trainer.settings = made_of, settings(prepared)
     describe(prepared, trainer, base, output_dir).show(console)
     engine = attach_engine(prepared, trainer, base, console)
-    before = _first_score(prepared, trainer, engine, output_dir, resumed=checkpoint is not None)
+    before = _first_score(prepared, trainer, engine, output_dir, resumed=point is not None)
     _say_score(console, prepared, "before", before)
-    stopped, train_seconds = _train(trainer, prepared, output_dir, checkpoint, console)
-    after = None if stopped else _score(prepared, trainer, engine)
+    command = resume_command(overrides, output_dir)
+    train_seconds = train(trainer, prepared, output_dir, point, console, interrupts, command)
+    after = None if interrupts.number else _score(prepared, trainer, engine)
     summary = Summary(
         output_dir=str(output_dir),
         metric=_metric(prepared),
@@ -80,10 +97,21 @@ def run(config: Config, output_dir: Path, overrides: Sequence[str] = (), console
         train_seconds=round(train_seconds, 1),
         seconds=round(time.monotonic() - start, 1),
         engine=engine.name,
-        resume=resume_command(overrides, output_dir) if stopped else None,
+        resume=command if interrupts.number else None,
+        signal=signal.Signals(interrupts.number).name if interrupts.number else None,
     )
     _close(trainer, engine, summary, console, sft=prepared.sft)
     return summary
+
+
+def _resume_point(prepared: Prepared, output_dir: Path, made_of: dict, console: Console) -> ResumePoint | None:
+    config = prepared.config
+    if not config.resume:
+        for moved in set_aside(output_dir, above=-1):
+            console.print(f"renamed to {moved.name}: a new run begins here", markup=False)
+        return None
+    place = Path(config.resume).expanduser()
+    return settle(place, output_dir, made_of, settings(prepared), config.resume_changed, console)
 
 
 # --- the plan -------------------------------------------------------------------------------------------------------
@@ -138,40 +166,7 @@ def _prompt_note(prepared: Prepared) -> str:
     return note
 
 
-# --- training and scoring -------------------------------------------------------------------------------------------
-
-
-def _train(
-    trainer, prepared: Prepared, output_dir: Path, checkpoint: Path | None, console: Console
-) -> tuple[bool, float]:
-    """(whether Ctrl-C stopped it, seconds). A `UserError` of a reward function passes through."""
-    from slothrl.trainers.callbacks import Interrupt, MetricsFile, Progress, Samples
-
-    logger, interrupt = prepared.config.logger, Interrupt()
-    trainer.add_callback(MetricsFile(output_dir / "metrics.jsonl"))
-    trainer.add_callback(interrupt)
-    if logger.progress:
-        trainer.add_callback(Progress())
-    if not prepared.sft:
-        path = output_dir / "samples.jsonl"
-        trainer.add_callback(Samples(trainer, console, path, logger.samples_every, logger.samples))
-    start = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.monotonic() - start
-    _show_memory(trainer, output_dir, console)
-    trainer.save_model(str(output_dir / "adapter"))
-    return interrupt.asked, seconds
-
-
-def _show_memory(trainer, output_dir: Path, console: Console) -> None:
-    """Who held what in each phase: to memory.json, and on a GPU to the console too."""
-    memory = getattr(trainer, "memory", None)
-    if memory is None:
-        return
-    memory.end()
-    write_json(output_dir / "memory.json", memory.rows())
-    if memory.cuda:
-        console.print(f"memory by phase\n{phase_table(memory.rows())}", highlight=False)
+# --- scoring -------------------------------------------------------------------------------------------------------
 
 
 def _metric(prepared: Prepared) -> str | None:
@@ -241,21 +236,3 @@ def _close(trainer, engine: Engine, summary: Summary, console: Console, sft: boo
         plan.add("go on with", summary.resume)
     plan.show(console)
     engine.close()
-
-
-# --- resuming -------------------------------------------------------------------------------------------------------
-
-
-def find_checkpoint(folder: Path) -> Path:
-    """The checkpoint to go on from: `folder` itself, or the one with the most steps inside it."""
-    if (folder / "trainer_state.json").exists():
-        return folder
-    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
-    if not found:
-        raise UserError(f"resume={folder}: no checkpoint there")
-    return max(found, key=lambda path: int(path.name.rsplit("-", 1)[-1]))
-
-
-def resume_command(overrides: Sequence[str], output_dir: Path) -> str:
-    kept = [o for o in overrides if not o.startswith(("resume=", "output_dir="))]
-    return " ".join(shlex.quote(part) for part in ["python", "-m", "slothrl", *kept, f"resume={output_dir}"])

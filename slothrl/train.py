@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -21,15 +22,17 @@ Examples:
   python -m slothrl model=hub model.name=Qwen/Qwen2.5-0.5B-Instruct data=gsm8k
 """
 INTERRUPTED = 130  # what a shell gives for Ctrl-C
+SIGNALLED = (INTERRUPTED, 143)  # and for SIGTERM
 INFORMATION = {"--info", "-i", "--hydra-help", "--cfg", "-c", "--version", "--shell-completion", "-sc"}
 
 
 def main(argv: list[str]) -> int:
     """Check, then train; returns the exit code."""
     from slothrl.compose import check_jobs, register, with_defaults
+    from slothrl.resume import recalled
 
     try:
-        overlay, rest = _take_overlay(argv)
+        overlay, rest = _take_overlay(recalled(argv))
         register(overlay)
         if {"--help", "-h"} & set(rest):
             print(usage())
@@ -78,11 +81,14 @@ def _pair(flags: list[str], values: list[str]) -> list[str]:
 
 def _hydra_folder(overrides: list[str]) -> list[str]:
     """Hydra's own record of the run beside the run's other files, where a folder is named."""
+    from slothrl.resume import run_folder
+
     named = {o.partition("=")[0]: o.partition("=")[2] for o in overrides}
     if "hydra.run.dir" in named:
         return []
     if folder := named.get("resume"):  # the first part's record stays
-        return [f"hydra.run.dir={folder}", "hydra.output_subdir=null"] if Path(folder).is_dir() else []
+        folder = run_folder(Path(folder))
+        return [f"hydra.run.dir={folder}", "hydra.output_subdir=null"] if folder.is_dir() else []
     folder = named.get("output_dir")
     return [f"hydra.run.dir={folder}"] if folder and not folder.startswith("~") else []
 
@@ -131,14 +137,14 @@ def _hydra_main(arguments: list[str]) -> int:
     def job(config) -> None:
         nonlocal code
         code = max(code, _job(config))
-        if code == INTERRUPTED:  # Ctrl-C means the whole sweep
+        if code in SIGNALLED:  # Ctrl-C means the whole sweep
             sys.exit(code)
 
     previous, sys.argv = sys.argv, ["slothrl", *arguments]
     try:
         hydra.main(version_base="1.3", config_path=None, config_name="config")(job)()
     except SystemExit:
-        if code != INTERRUPTED:
+        if code not in SIGNALLED:
             raise
     finally:
         sys.argv = previous
@@ -149,10 +155,12 @@ def _job(config) -> int:
     """One run inside Hydra; mistakes become lines on stderr and an exit code, never a traceback."""
     from hydra.core.hydra_config import HydraConfig
 
+    from slothrl.interrupts import exit_code
+    from slothrl.resume import record_command, run_folder
+
     runtime = HydraConfig.get()
-    folder = Path(config.output_dir or config.resume or runtime.runtime.output_dir).expanduser()
-    if config.resume and folder.name.startswith("checkpoint-"):
-        folder = folder.parent
+    resumed = run_folder(Path(config.resume).expanduser()) if config.resume else None
+    folder = Path(config.output_dir).expanduser() if config.output_dir else resumed or Path(runtime.runtime.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -161,14 +169,27 @@ def _job(config) -> int:
     from slothrl.run import run
 
     overlay = ["--config-dir", str(SearchPath.overlay.resolve())] if SearchPath.overlay else []
+    command = [*overlay, *runtime.overrides.task]
+    record_command(folder, command)
     try:
-        summary = run(config, folder.resolve(), overrides=[*overlay, *runtime.overrides.task])
+        summary = run(config, folder.resolve(), overrides=command)
     except UserError as error:
         return fail(error)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return INTERRUPTED
-    return INTERRUPTED if summary.resume else 0
+    except KeyboardInterrupt as error:
+        return _stopped(folder.resolve(), error)
+    return exit_code(signal.Signals[summary.signal]) if summary.signal else 0
+
+
+def _stopped(folder: Path, error: KeyboardInterrupt) -> int:
+    """Say where a run can go on that a signal ended at once; the exit code."""
+    from slothrl.checkpoint import checkpoints
+    from slothrl.interrupts import Stopped, exit_code
+    from slothrl.resume import resume_command
+
+    print("stopped", file=sys.stderr)
+    if checkpoints(folder):
+        print(f"go on with: {resume_command((), folder)}", file=sys.stderr)
+    return exit_code(error.number if isinstance(error, Stopped) else signal.SIGINT)
 
 
 def fail(error: UserError) -> int:
@@ -176,4 +197,4 @@ def fail(error: UserError) -> int:
     lines = error.problems if isinstance(error, ConfigError) else [str(error)]
     for line in lines:
         print(f"error: {line}", file=sys.stderr)
-    return 2
+    return error.exit_code

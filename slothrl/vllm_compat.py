@@ -15,7 +15,7 @@ tests/integration/test_shared_model.py |
 | `release_kv_cache_memory` instead, where there is one | not run: GPU builds from 0.28 on | public | the same test |
 | transformers' classes rewritten by vLLM's transformers backend | 0.26, 0.31 | `support_torch_compile` on them | \
 `test_nf4_families[smollm3]` |
-| vLLM's stream (`OwnStream`) | 0.26 (GPU) | it moves the calling thread to a stream of its own | `test_streams` |
+| vLLM's stream (`streams.OwnStream`) | 0.26 (GPU) | it moves the calling thread to one of its own | `test_streams` |
 """
 
 from __future__ import annotations
@@ -270,41 +270,3 @@ def keep_plain(model: torch.nn.Module) -> None:
     for module in model.modules():
         if any(base.__name__ == "TorchCompileWithNoGuardsWrapper" for base in type(module).__mro__):
             module.do_not_compile = True  # pyright: ignore
-
-
-class OwnStream:
-    """Runs vLLM on the stream that it chose at its start, and everything else on the stream from before.
-
-    vLLM leaves the thread that starts it on a stream of its own. bitsandbytes quantises, and steps its 8-bit
-    optimizers, on the default stream whatever the current one is; the trainer stays on that one, so that its kernels
-    and bitsandbytes' are in order. At each crossing the device is synchronised. On a CPU nothing happens.
-
-    Create it before vLLM starts and call `started` after.
-    """
-
-    def __init__(self) -> None:
-        self.cuda = torch.cuda.is_available()
-        self.outside = torch.cuda.current_stream() if self.cuda else None
-        self.inside = self.outside
-
-    def started(self) -> None:
-        if self.cuda:
-            self.inside = torch.cuda.current_stream()
-            self._cross(self.outside)
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        if not self.cuda:
-            yield
-            return
-        caller = torch.cuda.current_stream()
-        self._cross(self.inside)
-        try:
-            yield
-        finally:
-            self._cross(caller)
-
-    @staticmethod
-    def _cross(stream) -> None:
-        torch.cuda.synchronize()
-        torch.cuda.set_stream(stream)

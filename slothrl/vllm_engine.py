@@ -14,6 +14,7 @@ from slothrl import vllm_compat
 from slothrl.engine import Engine, Rollout, Sampling, TokenIds, end_token_ids
 from slothrl.errors import UserError
 from slothrl.lora_slot import LoraShape, LoraSlot
+from slothrl.streams import OwnStream
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class VLLMEngine(Engine):
         from vllm.lora.request import LoRARequest
 
         free = _free_bytes()
-        self._stream = vllm_compat.OwnStream()
+        self._stream = OwnStream()
         try:
             self.llm = vllm.LLM(**_arguments(options, lora))
         except (ValueError, RuntimeError, NotImplementedError, OSError) as error:

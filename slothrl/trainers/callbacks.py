@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from rich.console import Console
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from slothrl.interrupts import Interrupts
 from slothrl.memory_phases import memory_in_use
-from slothrl.report import append_jsonl, last_text, show_samples
+from slothrl.report import append_jsonl, last_text, read_jsonl, show_samples
 
 SHOWN = {"reward": "reward", "loss": "loss", "kl": "kl", "completions/mean_length": "length"}
 
@@ -42,11 +42,12 @@ class Progress(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Every log of the trainer as a line of metrics.jsonl, with its step, the seconds since the start and memory."""
+    """Every log of the trainer as a line of metrics.jsonl, with its step, the seconds of training so far and memory."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.start = time.monotonic()
+        before = read_jsonl(path)  # of the parts of the run that are over
+        self.start = time.monotonic() - (before[-1]["seconds"] if before else 0.0)
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs):
         elapsed = round(time.monotonic() - self.start, 3)
@@ -93,30 +94,23 @@ def _number(value: float) -> float | None:
 
 
 class Interrupt(TrainerCallback):
-    """Ctrl-C ends the run after the current step, with a checkpoint; a second one stops at once."""
+    """Ends training after the step in which a signal came, with a checkpoint.
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._previous: Any = None
+    Args:
+        interrupts: what handles the signals.
+    """
+
+    def __init__(self, interrupts: Interrupts):
+        self.interrupts = interrupts
 
     def on_train_begin(self, args, state, control, **kwargs):
-        try:
-            self._previous = signal.signal(signal.SIGINT, self._on_signal)
-        except ValueError:  # not the main thread, as in a notebook's executor: Ctrl-C stays as it was
-            self._previous = None
-
-    def _on_signal(self, number, frame):
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nstopping after this step (Ctrl-C again to stop at once)", flush=True)
+        self.interrupts.training = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.asked:
+        if self.interrupts.number:
             control.should_save = True
             control.should_training_stop = True
         return control
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        self.interrupts.training = False

@@ -18,12 +18,14 @@ from slothrl.losses import VARIANTS, LossConfig, LossInputs, LossOutput, policy_
 from slothrl.memory_phases import PhaseMemory
 from slothrl.probe import PolicyProbe
 from slothrl.trainers.adapters import adapter_values, restore_float32_adapter
+from slothrl.trainers.checkpoints import ExactCheckpoints
+from slothrl.trainers.guards import Guards
 
 MULTIMODAL = ("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles")
 MULTIMODAL += ("image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids")
 
 
-class GRPOTrainer(TRLGRPOTrainer):
+class GRPOTrainer(Guards, ExactCheckpoints, TRLGRPOTrainer):
     """Takes TRL's arguments and two of its own.
 
     Losses that slothrl has (`slothrl.losses.VARIANTS`) are computed by it; for the others, for images and for
@@ -258,10 +260,3 @@ class GRPOTrainer(TRLGRPOTrainer):
         metrics["clip_ratio/low_mean"].append(mean(low.float()))
         metrics["clip_ratio/high_mean"].append(mean(high.float()))
         metrics["clip_ratio/region_mean"].append(mean((low | high).float()))
-
-    # --- resuming -----------------------------------------------------------------------------------------------
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        # TRL does not save its micro-step counter, which decides when the next batch is generated.
-        self._step = self.state.global_step * self.args.gradient_accumulation_steps

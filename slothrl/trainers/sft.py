@@ -6,9 +6,11 @@ from trl import SFTConfig
 from trl import SFTTrainer as TRLSFTTrainer
 
 from slothrl.trainers.adapters import adapter_values, restore_float32_adapter
+from slothrl.trainers.checkpoints import ExactCheckpoints
+from slothrl.trainers.guards import Guards
 
 
-class SFTTrainer(TRLSFTTrainer):
+class SFTTrainer(Guards, ExactCheckpoints, TRLSFTTrainer):
     """Takes TRL's arguments. Packing, assistant-only loss and the logits-free loss are TRL's, which are exact."""
 
     def __init__(self, model, args: SFTConfig | None = None, *positional, **named):

@@ -9,7 +9,6 @@ python tests/gpu/bench_shared_base.py slope RUN           # memory over the step
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -20,29 +19,17 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from slothrl.engine import Sampling, inference
 from slothrl.lora_slot import lora_shape
 from slothrl.probe import PolicyProbe, mean_difference, perturbed_lora
 from slothrl.shared_model import SharedModel, empty_model
 from tests.families import ROWS, make_checkpoint
+from tests.gpu.random_checkpoint import write_random
 from tests.helpers import tiny_tokenizer
 
 MB = 1e6
-LLAMA_3_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "rope_theta": 500000.0,
-    "bos_token_id": 128000,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
 QUESTIONS = (
     "Why is the sky blue?",
     "Write a short story about a sloth who learns to program.",
@@ -86,31 +73,6 @@ def start(folder: str, quantization: str | None, rank: int, **options):
 
 
 # --- the 8B shape ---------------------------------------------------------------------------------------------------
-
-
-def write_random(folder: Path) -> None:
-    """A checkpoint of Llama-3-8B's shape, 16 GB in bf16, made on the GPU a layer at a time."""
-    from safetensors.torch import save_file
-
-    config = AutoConfig.for_model("llama", **LLAMA_3_8B, dtype="bfloat16", architectures=["LlamaForCausalLM"])
-    config.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
-    groups: dict[str, list[str]] = {}
-    for name in shapes:
-        parts = name.split(".")
-        groups.setdefault(parts[2] if "layers" in parts else name, []).append(name)
-    index = {}
-    for number, names in enumerate(groups.values()):
-        file = f"model-{number:05}.safetensors"
-        tensors = {}
-        for name in names:
-            values = torch.randn(shapes[name], device="cuda", dtype=torch.bfloat16)
-            tensors[name] = (values * 0.02 if values.ndim > 1 else values * 0.1 + 1).cpu()
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        index.update(dict.fromkeys(names, file))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
 def shape(arguments: argparse.Namespace) -> None:
@@ -301,29 +263,6 @@ def _both(engine, model):
     return engine.logprobs(ROWS), model_logprobs(model, ROWS)
 
 
-# --- memory over a run ----------------------------------------------------------------------------------------------
-
-
-def slope(arguments: argparse.Namespace) -> None:
-    """Least-squares slope of memory over the steps, the first tenth left out (caches fill there)."""
-    for run in arguments.runs:
-        lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-        lines = [line for line in lines if "reward" in line and "memory/resident" in line]
-        lines = lines[len(lines) // 10 :]
-        steps = torch.tensor([line["step"] for line in lines], dtype=torch.float64)
-        rows = []
-        for key in ("memory/device", "memory/torch_reserved", "memory/resident"):
-            values = torch.tensor([line.get(key, 0) for line in lines], dtype=torch.float64)
-            centred = steps - steps.mean()
-            per_step = float((centred * values).sum() / (centred**2).sum())
-            left = values - values.mean() - per_step * centred
-            error = float((left.pow(2).sum() / (len(lines) - 2) / (centred**2).sum()).sqrt())
-            change = f"{values[0] / MB:,.1f} -> {values[-1] / MB:,.1f} MB"
-            rows.append((key, f"{per_step / 1e3:.2f} ± {error / 1e3:.2f} KB a step, {change}"))
-        print(f"{run}: {len(lines)} steps")
-        show(rows)
-
-
 def show(rows: list[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"| {name:{width}} | {value} |" for name, value in rows), flush=True)
@@ -332,7 +271,7 @@ def show(rows: list[tuple[str, str]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for function in (shape, logprobs, stress, slope):
+    for function in (shape, logprobs, stress):
         command = commands.add_parser(function.__name__)
         command.set_defaults(function=function)
         if function is shape:
@@ -342,8 +281,6 @@ def main() -> None:
         if function is stress:
             command.add_argument("--cycles", type=int, default=1000)
             command.add_argument("--eager", action="store_true")
-        if function is slope:
-            command.add_argument("runs", nargs="+")
     arguments = parser.parse_args()
     arguments.function(arguments)
 

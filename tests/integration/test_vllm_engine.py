@@ -12,6 +12,7 @@ from slothrl.engine import Sampling, TransformersEngine, choose_engine, model_lo
 from slothrl.errors import PolicyMismatchError, UserError
 from slothrl.lora_slot import lora_shape
 from slothrl.probe import PolicyProbe, mean_difference, perturbed_lora
+from slothrl.random_state import random_state, set_random_state
 from slothrl.vllm_compat import lora_buffers
 
 pytestmark = [
@@ -158,3 +159,16 @@ def test_auto_takes_vllm_and_says_why():
     assert "installed" in choice.reason
     with pytest.raises(UserError, match="runs on cpu, this run on cuda"):
         choose_engine("vllm", "cuda")
+
+
+def test_sampling_follows_the_random_state_of_this_process(parts):
+    """Why a checkpoint needs no sampling seeds of vLLM's own: its draws come from the generators that are saved."""
+    engine, _, _, rows = parts
+    sampling = Sampling(max_tokens=12)
+    saved = random_state()
+    first = engine.generate(rows * 4, sampling)
+    other = engine.generate(rows * 4, sampling)
+    set_random_state(saved)
+    again = engine.generate(rows * 4, sampling)
+    assert again.completion_ids == first.completion_ids != other.completion_ids
+    assert again.sampling_logprobs == first.sampling_logprobs

@@ -1,0 +1,270 @@
+"""What ends a run and what it leaves behind: signals, a hung engine, memory, NaN; each fault injected for real."""
+
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from slothrl.checkpoint import DiskFullError, newest, step_of, verify
+from slothrl.compose import compose_config
+from slothrl.engine import TransformersEngine
+from slothrl.errors import FaultError
+from slothrl.faults import EngineFault, OutOfMemoryFault, explained, out_of_memory, remedies
+from slothrl.interrupts import Interrupts
+from slothrl.prepare import prepare
+from slothrl.tensor_tree import load_tree
+from slothrl.trainers.build import build_trainer, trainer_config
+from slothrl.trainers.guards import NonFiniteFault
+from slothrl.training import train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).resolve().parents[2]
+REWARD = "def letters(completions, **_):\n    return [len(set(str(text))) / 10 for text in completions]\n"
+SMALL = [
+    "gpu=cpu",
+    "model=hub",
+    "rollout=transformers",
+    "data.max_prompt_length=100",
+    "data.train_size=40",
+    "data.eval_size=4",
+    "trainer.warmup_steps=0",
+    "trainer.per_device_train_batch_size=8",
+    "trainer.num_generations=4",
+    "trainer.learning_rate=0.01",
+    "logger.progress=false",
+    "logger.samples=0",
+    "reward=custom",
+]
+
+
+@pytest.fixture
+def overrides(tmp_path, tiny_folders) -> list[str]:
+    (tmp_path / "mine.py").write_text(REWARD, encoding="utf-8")
+    return [*SMALL, f"model.name={tiny_folders['tiny']}", f"reward.functions=[{tmp_path}/mine.py:letters]"]
+
+
+class Run:
+    """A run in parts, so that a fault can be put into its trainer."""
+
+    def __init__(self, folder: Path, overrides: list[str]):
+        self.folder = folder
+        self.prepared = prepare(compose_config([*overrides, "reward.isolate=false"]), folder)
+        self.trainer = build_trainer(self.prepared, trainer_config(self.prepared, folder))
+        self.trainer.attach(TransformersEngine(self.trainer.model, self.prepared.tokenizer))
+
+    def train(self) -> None:
+        with Interrupts() as interrupts:
+            train(self.trainer, self.prepared, self.folder, None, Console(), interrupts, "THE COMMAND")
+
+    def on_gradient(self, hook) -> None:
+        """Call `hook(step, gradient)` in the backward of one LoRA matrix, step from 1."""
+        parameter = next(p for name, p in self.trainer.model.named_parameters() if "lora_B" in name)
+        parameter.register_hook(lambda gradient: hook(self.trainer.state.global_step + 1, gradient))
+
+
+@pytest.fixture
+def started(tmp_path, overrides):
+    return lambda *more: Run(tmp_path / "run", [*overrides, "trainer.max_steps=4", "trainer.save_steps=1", *more])
+
+
+# --- signals and hangs ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory, tiny_folders) -> dict:
+    folder = tmp_path_factory.mktemp("ended")
+    (folder / "mine.py").write_text(REWARD, encoding="utf-8")
+    model, reward = f"model.name={tiny_folders['tiny']}", f"reward.functions=[{folder}/mine.py:letters]"
+    command = [sys.executable, "-m", "tests.integration.fault_runs", str(folder), *SMALL, model, reward]
+    path = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "rewards"))
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "2000"}
+    done = subprocess.run([*command, "trainer.max_steps=400"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_sigterm_saves_and_says_how_to_go_on(ended):
+    """SIGINT, and going on with the command: test_runs.py."""
+    found = ended["term"]
+    assert found["code"] == 143
+    assert "Traceback" not in found["printed"]
+    run = Path(found["run"])
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["signal"] == "SIGTERM"
+    assert shlex.split(summary["resume"]) == ["python", "-m", "slothrl", f"resume={run}"]
+    assert summary["resume"] in found["printed"]
+    search = newest(run)
+    assert search.found is not None
+    assert step_of(search.found) == summary["steps"] < 400
+
+
+def test_a_second_signal_stops_at_once(ended):
+    found = ended["twice"]
+    assert found["code"] == 143
+    assert "stopped" in found["printed"]
+    assert f"go on with: python -m slothrl resume={found['run']}" in found["printed"]
+    assert newest(Path(found["run"])).found is not None  # the last one of the run's own
+
+
+@pytest.mark.parametrize("name", ["hung", "stuck"])
+def test_a_hung_engine(ended, name):
+    found = ended[name]
+    assert found["code"] == 1
+    assert found["seconds"] < 60
+    assert "in hanging" in found["stacks"]  # where it hung, by name
+    if name == "hung":  # a stuck interpreter can print nothing but the stacks
+        assert "error: a rollout took more than 2 s and is given up" in found["printed"]
+        assert f"error: go on with: python -m slothrl resume={found['run']}" in found["printed"]
+        assert found["again"] == 0
+        assert json.loads((Path(found["run"]) / "summary.json").read_text())["steps"] == 4
+
+
+def test_an_engine_that_dies(started):
+    run = started()
+    run.trainer.phases.current = "rollout"
+    fault = explained(RuntimeError("EngineCore died\nmore"), run.trainer, "vllm", "go on with: X")
+    assert isinstance(fault, EngineFault)
+    assert str(fault) == "the engine (vllm) failed: RuntimeError: EngineCore died\ngo on with: X"
+    run.trainer.phases.current = "rewards"
+    assert explained(RuntimeError("a bug"), run.trainer, "vllm", "") is None  # a traceback says more
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+HUGE = 1 << 44  # 64 TiB of float32, which no allocator gives
+
+
+@pytest.mark.parametrize("phase", ["rollout", "backward", "optimizer"])
+def test_out_of_memory_names_the_phase(started, phase):
+    run = started()
+    if phase == "backward":
+        run.on_gradient(lambda step, gradient: torch.empty(HUGE) if step == 3 else None)
+    elif phase == "rollout":
+        generate = run.trainer.engine.generate
+
+        def hungry(*arguments):
+            if run.trainer.state.global_step == 2:
+                torch.empty(HUGE)
+            return generate(*arguments)
+
+        run.trainer.engine.generate = hungry
+    else:
+        run.trainer.create_optimizer()
+        run.trainer.optimizer.register_step_pre_hook(
+            lambda *_: torch.empty(HUGE) if run.trainer.state.global_step == 2 else None
+        )
+    with pytest.raises(OutOfMemoryFault) as caught:
+        run.train()
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith(f"out of memory in the {phase} phase of step 3: ")
+    assert "held at that moment:" in lines
+    held = "\n".join(lines)
+    for kind in ("LoRA", "optimizer state"):
+        assert f"  {kind}: " in held
+    index = lines.index("either would help:")
+    assert len(lines[index + 1 : -1]) == 2
+    assert all("=" in line for line in lines[index + 1 : -1])
+    assert lines[-1] == "go on with: THE COMMAND"
+    search = newest(run.folder)
+    assert search.found is not None
+    assert step_of(search.found) == 2
+
+
+def test_remedies_follow_from_the_settings(started):
+    run = started("trainer.per_device_train_batch_size=8", "trainer.gradient_accumulation_steps=2")
+    args = run.trainer.args
+    first, second = remedies("backward", args, "transformers")[:2]
+    assert first.startswith("trainer.gradient_checkpointing=true (now False)")
+    assert second.startswith("trainer.per_device_train_batch_size=4 trainer.gradient_accumulation_steps=4 resume_chan")
+    args.gradient_checkpointing = True
+    assert remedies("backward", args, "vllm")[0] == second
+    assert "gpu_memory_utilization" in remedies("rollout", args, "vllm")[0]
+    assert "adamw_8bit" in remedies("optimizer", args, "vllm")[0]
+
+
+def test_a_full_disk_under_the_logs(started):
+    """Linux's own: a device that is always full."""
+    run = started()
+    with pytest.raises(OSError) as caught, open("/dev/full", "w", buffering=1) as file:
+        file.write("a line\n")
+    fault = explained(caught.value, run.trainer, "transformers", "go on with: X")
+    assert isinstance(fault, DiskFullError)
+    assert str(fault).startswith("disk full while writing ")
+
+
+def test_what_counts_as_out_of_memory():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(HUGE)
+    assert out_of_memory(caught.value)
+    assert out_of_memory(MemoryError())
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    assert not out_of_memory(RuntimeError("shapes differ"))
+    assert not out_of_memory(ValueError("out of memory"))
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def adapter(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"checkpoint-{step}" / "adapter_model.safetensors")
+
+
+def moments(folder: Path, step: int) -> dict:
+    return load_tree(folder / f"checkpoint-{step}", "optimizer")["state"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_skips_the_step(started, value, capsys):
+    run = started("trainer.save_total_limit=9")
+    run.on_gradient(lambda step, gradient: gradient * value if step == 2 else None)
+    run.train()
+    assert f"step 2 skipped: its gradient is not finite; its batch is in {run.folder}" in capsys.readouterr().out
+    first, second, third = (adapter(run.folder, step) for step in (1, 2, 3))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(second[name], third[name]) for name in first)
+    assert all(torch.equal(moments(run.folder, 1)[i]["exp_avg"], moments(run.folder, 2)[i]["exp_avg"]) for i in (0, 1))
+    dumped = load_tree(run.folder / "nonfinite" / "step-2", "batch")
+    assert (dumped["step"], math.isfinite(dumped["losses"][0]), math.isfinite(dumped["grad_norm"])) == (2, True, False)
+    (batch,) = dumped["micro_batches"]
+    assert batch["completion_ids"].shape[0] == 8
+    assert all(tensor.isfinite().all() for tensor in adapter(run.folder, 4).values())
+
+
+def test_a_loss_that_is_not_finite(started, capsys):
+    """NaN in one micro-batch of two: the other one's gradient is not applied alone."""
+    run = started("trainer.gradient_accumulation_steps=2", "trainer.save_total_limit=9")
+    compute, calls = run.trainer._compute_loss, []
+
+    def poisoned(model, inputs):
+        calls.append(1)
+        return compute(model, inputs) * (math.nan if len(calls) == 3 else 1.0)
+
+    run.trainer._compute_loss = poisoned
+    run.train()
+    assert "step 2 skipped: its loss is not finite" in capsys.readouterr().out
+    first, second = adapter(run.folder, 1), adapter(run.folder, 2)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    dumped = load_tree(run.folder / "nonfinite" / "step-2", "batch")
+    assert [math.isfinite(loss) for loss in dumped["losses"]] == [False, True]
+    assert len(dumped["micro_batches"]) == 2
+
+
+def test_too_many_in_a_row_end_the_run(started):
+    run = started("max_nonfinite_steps=2", "trainer.max_steps=20")
+    run.on_gradient(lambda step, gradient: gradient * math.nan if step in (2, 4, 5) else None)
+    with pytest.raises(NonFiniteFault, match="step 5 skipped.*2 in a row") as caught:
+        run.train()
+    assert isinstance(caught.value, FaultError)
+    assert str(caught.value).endswith("go on with: THE COMMAND")
+    search = newest(run.folder)
+    assert search.found is not None
+    assert step_of(search.found) == 4
+    verify(search.found)
