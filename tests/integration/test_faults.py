@@ -20,6 +20,7 @@ from slothrl.errors import FaultError
 from slothrl.faults import EngineFault, OutOfMemoryFault, explained, out_of_memory, remedies
 from slothrl.interrupts import Interrupts
 from slothrl.prepare import prepare
+from slothrl.rollout import open_base
 from slothrl.tensor_tree import load_tree
 from slothrl.trainers.build import build_trainer, trainer_config
 from slothrl.trainers.guards import NonFiniteFault
@@ -57,7 +58,8 @@ class Run:
     def __init__(self, folder: Path, overrides: list[str]):
         self.folder = folder
         self.prepared = prepare(compose_config([*overrides, "reward.isolate=false"]), folder)
-        self.trainer = build_trainer(self.prepared, trainer_config(self.prepared, folder))
+        arguments = trainer_config(self.prepared, folder)
+        self.trainer = build_trainer(self.prepared, arguments, open_base(self.prepared, arguments).model)
         self.trainer.attach(TransformersEngine(self.trainer.model, self.prepared.tokenizer))
 
     def train(self) -> None:

@@ -12,7 +12,6 @@ from slothrl.errors import NotShareableError
 from slothrl.lora_slot import lora_shape
 from slothrl.probe import PolicyProbe, mean_difference
 from slothrl.shared_model import SharedModel, empty_model
-from slothrl.vllm_layout import base_tensors
 from tests.families import FAMILIES, ROWS, make_checkpoint
 from tests.helpers import tiny_tokenizer
 
@@ -297,9 +296,3 @@ def test_refused_adapters(options, named):
 
     with pytest.raises(UserError, match=f"LoRA with {named} cannot reach vLLM"):
         check_adapter(LoraConfig(r=8, target_modules=["q_proj"], **options))
-
-
-def test_base_tensors_count_shared_memory_once(parts):
-    engine = parts[0]
-    places = [tensor.data_ptr() for tensor in base_tensors(engine.vllm_model)]
-    assert len(places) == len(set(places))
