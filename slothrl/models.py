@@ -92,9 +92,14 @@ def load_model(plan: ModelPlan, device: str):
     if plan.quantization in ("nf4", "int8"):
         arguments["quantization_config"] = quantization_config(plan.quantization, plan.dtype)
     try:
-        return AutoModelForCausalLM.from_pretrained(plan.path, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(plan.path, **arguments)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"could not load {plan.title}: {_first_line(error)}") from error
+    for module in model.modules():
+        # Or the first forward in eval mode repacks the weights for a CPU kernel that has no backward.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -1,4 +1,4 @@
-"""Whole runs over one shared base: the command line, TRL's own arguments in Python, and what happens where it cannot be."""
+"""Whole runs over one shared base: the command line, TRL's arguments in Python, and where it cannot be shared."""
 
 import importlib.util
 import json
@@ -131,6 +131,7 @@ def test_trl_arguments_share_it_too(tmp_path):
             num_generations=4,
             max_completion_length=4,
             max_steps=2,
+            logging_steps=1,
             learning_rate=1e-3,
             report_to="none",
         ),
