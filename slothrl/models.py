@@ -98,7 +98,7 @@ def load_model(plan: ModelPlan, device: str):
     for module in model.modules():
         # Or the first forward in eval mode repacks the weights for a CPU kernel that has no backward.
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore
     return model
 
 

@@ -60,6 +60,25 @@ def test_nf4_is_double_quantised_and_close(folder):
     assert 0 < difference < 0.5
 
 
+def test_nf4_gradients_survive_a_forward_in_eval_mode(folder):
+    """bitsandbytes' CPU layer repacks itself in such a forward, for a kernel without a backward: switched off."""
+    ids = torch.arange(4, 40)[None]
+
+    def gradients(warmed: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        base = load(folder, "nf4", "bfloat16")[1]
+        model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        if warmed:
+            with torch.no_grad():
+                model.eval()(ids)
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    for cold, warm in zip(gradients(False), gradients(True), strict=True):
+        assert cold.abs().sum() > 0
+        assert torch.equal(cold, warm)
+
+
 def test_parameters_are_counted_unpacked(folder):
     exact, packed = parameter_bytes(load(folder, "none")[1]), parameter_bytes(load(folder, "nf4")[1])
     assert packed[1] + packed[2] == exact[1] + exact[2]
