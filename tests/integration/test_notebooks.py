@@ -111,3 +111,8 @@ def test_where_the_memory_goes(model, tmp_path, monkeypatch):
         for word in ("measured", "estimated")
     )
     assert measured == pytest.approx(estimated, rel=0.05)
+    (phases,) = (line.split() for line in text.splitlines() if line.startswith("MB "))
+    assert phases == ["MB", "rollout", "update"]
+    # Two float32 moments a LoRA value, of which there are 2.44M at r=8.
+    optimizer = [line.split() for line in text.splitlines() if line.startswith("optimizer ")][-1]
+    assert optimizer[0] == "optimizer" and int(optimizer[-1]) == 20
