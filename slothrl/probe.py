@@ -17,7 +17,7 @@ from slothrl.lora_slot import lora_layers, lora_shape
 # Standard deviations of a test change to B.
 PERTURBATIONS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 SHARE = 0.01  # of the run's time that the checks after pushes may take
-SHORT = 24  # tokens of the row on which each kind of projection is tested alone
+SHORT = 24  # tokens of the row for checks after pushes, and for each kind of projection alone
 
 
 @dataclass
@@ -36,25 +36,33 @@ class PolicyProbe:
     token_ids: Sequence[TokenIds]
     bound: float = 0.15
     last_difference: float = field(default=math.nan, init=False)
-    _checked: float = field(default=-math.inf, init=False)
-    _cost: float = field(default=0.0, init=False)
+    _next: float = field(default=-math.inf, init=False)  # when a push is checked again
 
-    def check(self, rows: int | None = None) -> float:
-        """The mean absolute difference (nats) on the first `rows` rows, default all.
+    def check(self) -> float:
+        """The mean absolute difference (nats) on all rows. Raises `PolicyMismatchError` above the bound."""
+        return self._check(self.token_ids)
 
-        Raises `PolicyMismatchError` above the bound.
+    def check_push(self) -> float | None:
+        """`check` on one short row after a push; None where it is left out.
+
+        The first push is always checked, a later one when that keeps the time spent here under `SHARE` of the run's.
         """
-        token_ids, start = self.token_ids[:rows], time.monotonic()
-        difference = mean_difference(self.engine.logprobs(token_ids), model_logprobs(self.model, token_ids))
-        self._checked = time.monotonic()
-        self._cost = self._checked - start
+        start = time.monotonic()
+        if start < self._next:
+            return None
+        difference = self._check([self._short_row()])
+        end = time.monotonic()
+        self._next = end + (end - start) / SHARE
+        return difference
+
+    def _short_row(self) -> TokenIds:
+        return max(self.token_ids, key=len)[:SHORT]
+
+    def _check(self, rows: Sequence[TokenIds]) -> float:
+        difference = mean_difference(self.engine.logprobs(rows), model_logprobs(self.model, rows))
         self.last_difference = difference
         self.require(difference, "fixed tokens")
         return difference
-
-    def due(self) -> bool:
-        """Whether another check keeps the time spent on checks under `SHARE` of the run's."""
-        return time.monotonic() - self._checked >= self._cost / SHARE
 
     def require(self, difference: float, tokens: str) -> None:
         """Raise `PolicyMismatchError` if log-probs of `tokens` differ by more than the bound (nats, mean absolute)."""
@@ -86,7 +94,7 @@ class PolicyProbe:
         """
         moved, apart, scale = self._perturb(self.token_ids, PERTURBATIONS)
         self._require_followed(moved, apart, "a test change")
-        row = [max(self.token_ids, key=len)[:SHORT]]
+        row = [self._short_row()]
         # One kind alone moves less than all do together.
         larger = [size for size in PERTURBATIONS if size >= scale]
         for name in lora_shape(self.model).targets:

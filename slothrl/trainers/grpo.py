@@ -92,8 +92,8 @@ class GRPOTrainer(Guards, ExactCheckpoints, TRLGRPOTrainer):
         assert self.engine is not None
         self.engine.push_lora()
         self._pushed_step = self.state.global_step
-        if self.probe is not None and self.probe.due():
-            self._metrics["train"]["sampling/probe_difference"].append(self.probe.check(rows=1))
+        if self.probe is not None and (difference := self.probe.check_push()) is not None:
+            self._metrics["train"]["sampling/probe_difference"].append(difference)
 
     def _generate(self, prompts: list):
         if self.engine is None or self.memory is None:

@@ -61,3 +61,31 @@ def test_model_logprobs_are_of_the_following_tokens(parts):
     with torch.no_grad():
         expected = model(torch.tensor([rows[0]])).logits[0].log_softmax(-1)
     assert torch.allclose(found[0], torch.stack([expected[i, rows[0][i + 1]] for i in range(3)]), atol=1e-6)
+
+
+def test_probe_after_pushes_keeps_to_its_share(monkeypatch):
+    """The first push is checked; then as often as one hundredth of the time allows."""
+    import torch
+
+    from slothrl import probe as module
+    from slothrl.probe import PolicyProbe
+
+    clock, rows = [0.0], []
+
+    class Engine:
+        name = "vllm"
+
+        def logprobs(self, token_ids):
+            clock[0] += 0.5  # what a check takes
+            rows.extend(token_ids)
+            return [torch.zeros(len(ids) - 1) for ids in token_ids]
+
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(module, "model_logprobs", lambda model, ids: [torch.zeros(len(row) - 1) for row in ids])
+    probe = PolicyProbe(Engine(), torch.nn.Identity(), [[1] * 9, [2] * 40])
+    checked = []
+    for second in range(0, 200, 10):
+        clock[0] = max(clock[0], float(second))
+        checked.append(probe.check_push() is not None)
+    assert [10 * i for i, yes in enumerate(checked) if yes] == [0, 60, 120, 180]
+    assert rows == [[2] * 24] * 4
