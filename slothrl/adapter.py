@@ -16,6 +16,7 @@ from slothrl.checkpoint import newest
 from slothrl.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "base_layer")
 _PREFIX = "base_model.model."
 # What PEFT can do to a LoRA beyond W + scaling * B @ A; each would be lost, in part or whole, by merging that alone.
 _NOT_PLAIN = {
@@ -45,12 +46,14 @@ class LoraWeights:
         a, b: (r, in) and (out, r).
         scaling: what B @ A is multiplied by.
         embedding: it is on an embedding, whose weight is (in, out).
+        base: the weight below it, where PEFT saved that too, as it does for embeddings and output layers.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
     embedding: bool
+    base: torch.Tensor | None = None
 
     def delta(self, transposed: bool) -> torch.Tensor:
         """scaling * B @ A in float32: (out, in), or (in, out) where `transposed`."""
@@ -137,7 +140,7 @@ def read_adapter(folder: Path) -> Adapter:
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in load_file(folder / WEIGHTS).items():
         name, _, part = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-        if part not in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
+        if part not in _PARTS:
             raise UserError(f"{folder / WEIGHTS} holds {key}, which is no LoRA matrix: it cannot be merged here")
         pairs.setdefault(name, {})[part] = tensor
     layers = {}
@@ -148,7 +151,7 @@ def read_adapter(folder: Path) -> Adapter:
             raise UserError(f"{folder / WEIGHTS} lacks half of the LoRA of {name}: it is not whole")
         if a.ndim != 2 or b.ndim != 2:
             raise UserError(f"{name} is a convolution: only linear layers and embeddings can be merged")
-        layers[name] = LoraWeights(a, b, scaling(config, name, a.shape[0]), embedding)
+        layers[name] = LoraWeights(a, b, scaling(config, name, a.shape[0]), embedding, pair.get("base_layer"))
     return Adapter(folder, config, layers)
 
 

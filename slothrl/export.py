@@ -111,7 +111,8 @@ def export_peft(folder: Path, out: Path, base: str | None = None) -> list[str]:
         if Path(public).exists():
             public = str(Path(public).absolute())
             notes.append(f"the base is a folder of this machine, {public}: --base HUB_NAME names it for others")
-    tokenizer = _tokenizer_folder(folder, lambda: base_folder(base or named))
+    # `base` is a name for others, which need not be here.
+    tokenizer = _tokenizer_folder(folder, lambda: base_folder(named if Path(named).is_dir() else base or named))
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": public, "inference_mode": True}
 

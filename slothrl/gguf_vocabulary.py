@@ -152,8 +152,10 @@ def _puts_space(spec: dict[str, Any]) -> bool:
 
 
 def _parts(spec: dict[str, Any], field: str) -> list[dict[str, Any]]:
-    found = spec.get(field) or {"type": "none"}
-    return found[f"{field}s" if field == "normalizer" else "pretokenizers"] if found["type"] == "Sequence" else [found]
+    found: dict[str, Any] = spec.get(field) or {"type": "none"}
+    if found["type"] != "Sequence":
+        return [found]
+    return found["normalizers" if field == "normalizer" else "pretokenizers"]
 
 
 def _pre_tokenizer(spec: dict[str, Any]) -> str:

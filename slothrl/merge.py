@@ -47,7 +47,11 @@ class MergedWeights:
                 f"{f' and {len(unknown) - 1} more' if unknown[1:] else ''}: it belongs to another model (--base)"
             )
         for layer in adapter.layers:  # a wrong shape is told before anything is written
-            adapter.transposed(layer, self.shape(f"{layer}.weight"))
+            shape = self.shape(f"{layer}.weight")
+            adapter.transposed(layer, shape)
+            saved = adapter.layers[layer].base
+            if saved is not None and tuple(saved.shape) != shape:
+                raise UserError(f"the adapter was trained on a resized {layer}, {tuple(saved.shape)} and not {shape}")
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.base.shape(self._source.get(name, name))
@@ -62,8 +66,9 @@ class MergedWeights:
 
     def tensor(self, name: str) -> torch.Tensor:
         """The merged tensor, in float32 where there was something to add; else as the base stores it."""
-        weight = self.base.tensor(self._source.get(name, name))
         layer = self.adapter.layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        saved = layer.base if layer is not None else None
+        weight = saved.clone() if saved is not None else self.base.tensor(self._source.get(name, name))
         if layer is None:
             return weight
         transposed = self.adapter.transposed(name.removesuffix(".weight"), tuple(weight.shape))

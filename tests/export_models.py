@@ -84,15 +84,17 @@ def make_base(
     return folder
 
 
-def make_adapter(base: Path, folder: Path, **options) -> Path:
-    """An adapter on `base`, all of whose matrices are random, saved as PEFT saves it."""
-    config = LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": PROJECTIONS, "task_type": "CAUSAL_LM", **options})
+def make_adapter(base: Path, folder: Path, deviation: float = 0.05, **options) -> Path:
+    """An adapter on `base`, saved as PEFT saves it; its matrices are random, of standard deviation `deviation`."""
+    config = LoraConfig(
+        **{"r": 8, "lora_alpha": 16, "target_modules": PROJECTIONS, "task_type": "CAUSAL_LM", **options}
+    )
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.data = 0.05 * torch.randn_like(parameter)
+                parameter.data = deviation * torch.randn_like(parameter)
     model.save_pretrained(folder)
     return folder
 
