@@ -115,6 +115,8 @@ def export_peft(folder: Path, out: Path, base: str | None = None) -> list[str]:
     tokenizer = _tokenizer_folder(folder, lambda: base_folder(named if Path(named).is_dir() else base or named))
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": public, "inference_mode": True}
+    if public != named:
+        config["revision"] = None  # it was one of the other name's
 
     def fill(scratch: Path) -> None:
         _write_json(scratch / CONFIG, config)
@@ -226,8 +228,10 @@ def _merged_config(merged: Any, dtype: str) -> dict[str, Any]:
 
 
 def _tokenizer_folder(adapter: Path, base: Callable[[], Path]) -> Path:
-    """Where the tokenizer is: with the adapter, as it was trained; in the run's adapter; else with the base."""
-    for folder in (adapter, adapter.parent / "adapter"):
+    """Where the tokenizer is: with the adapter, as it was trained; for a checkpoint in its run; else with the base."""
+    from slothrl.checkpoint import step_of
+
+    for folder in (adapter, adapter.parent / "adapter") if step_of(adapter) >= 0 else (adapter,):
         if (folder / "tokenizer_config.json").is_file():
             return folder
     return base()

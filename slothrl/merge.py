@@ -28,7 +28,10 @@ class MergedWeights:
 
     def __init__(self, base: BaseWeights, adapter: Adapter):
         self.base, self.adapter = base, adapter
-        self.model_config = AutoConfig.from_pretrained(base.folder)
+        try:
+            self.model_config = AutoConfig.from_pretrained(base.folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"the base {base.folder} is of no kind that transformers knows: {error}") from error
         self.names = list(base.names)
         embedding = next((name for name in self.names if name.endswith(_EMBEDDINGS)), None)
         tied = bool(self.model_config.get_text_config().tie_word_embeddings)

@@ -1,6 +1,6 @@
 """The README's table of exports: `python -m tests.integration.export_figures FOLDER` (about 2 minutes on a CPU).
 
-The embedded SmolLM2 with an adapter of r=16 whose matrices are random, each export in a process of its own, reloaded and compared.
+The embedded SmolLM2 with a random adapter of r=16: each export is made in a process of its own, reloaded and compared.
 """
 
 from __future__ import annotations
