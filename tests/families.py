@@ -37,9 +37,9 @@ FAMILIES = {
 }
 
 
-def make_checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Save a random model of `family` with a tokenizer; the same weights at every call."""
-    options = {**COMMON, **FAMILIES[family]}
+def make_checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changes) -> Path:
+    """Save a random model of `family` with a tokenizer; the same weights at every call. `changes`: config fields."""
+    options = {**COMMON, **FAMILIES[family], **changes}
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -57,7 +57,7 @@ def build_trainer(prepared: Prepared, arguments: GRPOConfig | SFTConfig, model: 
         "args": arguments,
         "train_dataset": prepared.train,
         "processing_class": prepared.tokenizer,
-        "peft_config": peft_config(prepared.config.model.lora),
+        "peft_config": peft_config(prepared.config.model.lora, prepared.model.revision),
     }
     try:
         if prepared.sft:
