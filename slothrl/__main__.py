@@ -9,6 +9,11 @@ from importlib import import_module
 COMMANDS = {
     "train": ("slothrl.train", "train a model: python -m slothrl [train] group=choice key=value … (the default)"),
     "doctor": ("slothrl.doctor", "is this machine ready? every part tried, with the fix for what is not"),
+    "eval": (
+        "slothrl.eval_command",
+        "the held-out score of any adapter: python -m slothrl eval adapter=PATH key=value …",
+    ),
+    "report": ("slothrl.report_command", "a run's report again, or runs compared: python -m slothrl report RUN …"),
     "reward": ("slothrl.reward_command", "try reward functions without a model: python -m slothrl reward key=value …"),
 }
 
