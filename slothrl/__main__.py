@@ -13,6 +13,11 @@ COMMANDS = {
         "slothrl.export",
         "a trained adapter for elsewhere: python -m slothrl export RUN --format peft|merged|gguf",
     ),
+    "eval": (
+        "slothrl.eval_command",
+        "the held-out score of any adapter: python -m slothrl eval adapter=PATH key=value …",
+    ),
+    "report": ("slothrl.report_command", "a run's report again, or runs compared: python -m slothrl report RUN …"),
     "reward": ("slothrl.reward_command", "try reward functions without a model: python -m slothrl reward key=value …"),
 }
 

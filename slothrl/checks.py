@@ -131,6 +131,8 @@ def _ranges(config: Any) -> list[str]:
     for value in config.reward.weights or []:
         if not abs(value) < float("inf"):  # NaN too
             found.append(f"reward.weights={list(config.reward.weights)}: {value} is no finite number")
+    if (value := config.reward.score_samples) < 0:
+        found.append(f"reward.score_samples={value}: must be 0 or more")
     if not 0 <= (value := config.reward.max_failure_rate) <= 1:
         found.append(f"reward.max_failure_rate={value}: must be in [0, 1]")
     for key in ("rollout.gpu_memory_utilization", "model.lora.lora_dropout"):

@@ -59,6 +59,7 @@ class RewardConfig:
     weights: list[float] | None = None  # one a function; default all 1.0
     params: dict[str, Any] = field(default_factory=dict)  # {function name: {keyword: value}}
     score: str | None = None  # the function that gives the held-out score; default: the first one
+    score_samples: int = 0  # sampled completions a held-out prompt, before and after, for pass@k; 0: greedy only
     isolate: bool = True  # each function in worker processes of its own; false: in the trainer's process
     timeout: float = 30.0  # seconds a call may take; a worker that is late is killed
     memory_gb: float = 4.0  # address space of a worker, GiB

@@ -1,4 +1,4 @@
-"""The held-out score: greedy completions of prompts that training never sees, scored by one reward function."""
+"""Completions of held-out prompts, which training never sees, scored by one reward function."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class HeldOut:
     Attributes:
         score: mean of the function's values; NaN where it applied to none.
         count: prompts it applied to.
-        completions: the text of each greedy completion, in the order of the prompts.
+        completions: the text of each completion, in the order of the prompts.
         scores: the function's value for each, None where it did not apply.
     """
 
@@ -46,19 +46,19 @@ def held_out(
     tokenizer,
     rows: list[dict[str, Any]],
     score: Reward,
-    max_tokens: int,
+    sampling: Sampling,
     template: Mapping[str, Any] | None = None,
 ) -> HeldOut:
-    """Complete every row greedily and score it.
+    """Complete every row once and score it.
 
     Args:
         rows: each with `prompt` and the columns that the function reads.
-        max_tokens: of each completion.
+        sampling: how; `temperature=0` is greedy, and the score then pass@1 where it is 0 or 1.
         template: keywords for the chat template.
     """
     prompts = [row["prompt"] for row in rows]
     prompt_ids = prompt_token_ids(tokenizer, prompts, template)
-    rollout = engine.generate(prompt_ids, Sampling(max_tokens=max_tokens, temperature=0.0))
+    rollout = engine.generate(prompt_ids, sampling)
     texts = tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
     chat = isinstance(prompts[0], list)
     completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts

@@ -1,7 +1,9 @@
-"""What a trainer is doing at the moment: for messages about what went wrong, and for deadlines."""
+"""What a trainer is doing at the moment, and for how long: for messages, deadlines and reports."""
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,7 +15,19 @@ class Phases:
     """The current phase, by name. After an exception it stays the one that raised."""
 
     def __init__(self) -> None:
-        self.current = START
+        self._current = START
+        self._since = time.monotonic()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+
+    @property
+    def current(self) -> str:
+        return self._current
+
+    @current.setter
+    def current(self, name: str) -> None:
+        now = time.monotonic()
+        self._seconds[self._current] += now - self._since
+        self._current, self._since = name, now
 
     @contextmanager
     def during(self, name: str) -> Iterator[None]:
@@ -21,3 +35,12 @@ class Phases:
         before, self.current = self.current, name
         yield
         self.current = before
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds in each phase since the last call, by the host's clock.
+
+        A GPU works on behind the host: what one phase has queued may be paid for in the next one that waits.
+        """
+        self.current = self._current  # counts the running phase up to now
+        taken, self._seconds = dict(self._seconds), defaultdict(float)
+        return taken

@@ -51,7 +51,12 @@ def recalled(arguments: Sequence[str]) -> list[str]:
     path = run_folder(Path(named).expanduser()) / RUN if named else None
     if path is None or not path.is_file():
         return given
-    first: list[str] = json.loads(path.read_text(encoding="utf-8"))["arguments"]
+    return recorded(path.parent, given)
+
+
+def recorded(run: Path, given: Sequence[str]) -> list[str]:
+    """What the run in folder `run` was started with, without what `given` replaces, and then `given`."""
+    first: list[str] = json.loads((run / RUN).read_text(encoding="utf-8"))["arguments"]
     if any(word.partition("=")[0] == OVERLAY for word in given):
         first = first[2:] if first[:1] == [OVERLAY] else first
     # The run may have been moved: where it lies now is where it goes on.

@@ -11,20 +11,21 @@ from pathlib import Path
 from rich.console import Console
 
 from slothrl.checkpoint import set_aside, sweep
-from slothrl.checks import set_fields
 from slothrl.config import Config
 from slothrl.engine import Engine
-from slothrl.evaluate import HeldOut, held_out
 from slothrl.fingerprint import fingerprint, settings
 from slothrl.interrupts import Interrupts
 from slothrl.models import parameter_bytes
 from slothrl.plan import Batch, Plan, size
 from slothrl.prepare import Prepared, prepare
+from slothrl.provenance import record_provenance
 from slothrl.report import append_jsonl, draw_curve, read_json, read_jsonl, write_json
 from slothrl.resume import ResumePoint, resume_command, settle
 from slothrl.reward_workers import closing_workers
 from slothrl.rollout import Base, attach_engine, open_base
 from slothrl.run_lock import only_writer
+from slothrl.run_report import REPORT_HTML, reported
+from slothrl.scoring import headline, metric_name, score_policy
 from slothrl.training import train
 
 
@@ -70,7 +71,7 @@ def run(config: Config, output_dir: Path, overrides: Sequence[str] = (), console
 def _run(
     config: Config, output_dir: Path, overrides: Sequence[str], console: Console, interrupts: Interrupts
 ) -> Summary:
-    from slothrl.trainers.build import build_trainer, trainer_config
+    from slothrl.trainers.build import trainer_config
 
     start = time.monotonic()
     sweep(output_dir)
@@ -78,30 +79,39 @@ def _run(
     arguments = trainer_config(prepared, output_dir)
     made_of = fingerprint(prepared, arguments)
     point = _resume_point(prepared, output_dir, made_of, console)
-    base = open_base(prepared, arguments)
-    trainer = build_trainer(prepared, arguments, base.model)
-    trainer.made_of, trainer.settings = made_of, settings(prepared)
-    describe(prepared, trainer, base, output_dir).show(console)
-    engine = attach_engine(prepared, trainer, base, console)
-    before = _first_score(prepared, trainer, engine, output_dir, resumed=point is not None)
-    _say_score(console, prepared, "before", before)
-    command = resume_command(overrides, output_dir)
-    train_seconds = train(trainer, prepared, output_dir, point, console, interrupts, command)
-    after = None if interrupts.number else _score(prepared, trainer, engine)
-    summary = Summary(
-        output_dir=str(output_dir),
-        metric=_metric(prepared),
-        before=before,
-        after=after,
-        steps=trainer.state.global_step,
-        train_seconds=round(train_seconds, 1),
-        seconds=round(time.monotonic() - start, 1),
-        engine=engine.name,
-        resume=command if interrupts.number else None,
-        signal=signal.Signals(interrupts.number).name if interrupts.number else None,
-    )
-    _close(trainer, engine, summary, console, sft=prepared.sft)
+    record_provenance(output_dir, prepared, made_of, overrides)
+    with reported(output_dir):
+        base = open_base(prepared, arguments)
+        trainer, engine = _start(prepared, arguments, base, output_dir, console)
+        trainer.made_of, trainer.settings = made_of, settings(prepared)
+        before = _first_score(prepared, trainer, engine, output_dir, resumed=point is not None)
+        _say_score(console, prepared, "before", before)
+        command = resume_command(overrides, output_dir)
+        train_seconds = train(trainer, prepared, output_dir, point, console, interrupts, command)
+        after = None if interrupts.number else _score(prepared, trainer, engine, output_dir)
+        summary = Summary(
+            output_dir=str(output_dir),
+            metric=metric_name(prepared),
+            before=before,
+            after=after,
+            steps=trainer.state.global_step,
+            train_seconds=round(train_seconds, 1),
+            seconds=round(time.monotonic() - start, 1),
+            engine=engine.name,
+            resume=command if interrupts.number else None,
+            signal=signal.Signals(interrupts.number).name if interrupts.number else None,
+        )
+        _close(trainer, engine, summary, console, sft=prepared.sft)
     return summary
+
+
+def _start(prepared: Prepared, arguments, base: Base, output_dir: Path, console: Console):
+    """The trainer around the base and its engine, with the plan shown before anything is generated."""
+    from slothrl.trainers.build import build_trainer
+
+    trainer = build_trainer(prepared, arguments, base.model)
+    describe(prepared, trainer, base, output_dir).show(console)
+    return trainer, attach_engine(prepared, trainer, base, console)
 
 
 def _resume_point(prepared: Prepared, output_dir: Path, made_of: dict, console: Console) -> ResumePoint | None:
@@ -169,52 +179,27 @@ def _prompt_note(prepared: Prepared) -> str:
 # --- scoring -------------------------------------------------------------------------------------------------------
 
 
-def _metric(prepared: Prepared) -> str | None:
-    if prepared.score is not None:
-        return prepared.score.name
-    return "eval_loss" if prepared.eval_loss is not None else None
-
-
 def _first_score(prepared: Prepared, trainer, engine: Engine, output_dir: Path, resumed: bool) -> float | None:
     """The score before training; a resumed run takes it from where the first part wrote it."""
     path = output_dir / "held_out_before.json"
     if resumed and path.exists():
         return read_json(path)["value"]
-    value = _score(prepared, trainer, engine)
-    write_json(path, {"metric": _metric(prepared), "value": value})
+    value = _score(prepared, trainer, engine, output_dir)
+    write_json(path, {"metric": metric_name(prepared), "value": value})
     return value
 
 
-def _score(prepared: Prepared, trainer, engine: Engine) -> float | None:
+def _score(prepared: Prepared, trainer, engine: Engine, output_dir: Path) -> float | None:
     """The held-out score of the policy as it is now; what was measured goes to held_out.jsonl."""
-    step, output_dir = trainer.state.global_step, Path(trainer.args.output_dir)
-    loss = trainer.evaluate()["eval_loss"] if prepared.eval_loss is not None else None
-    if loss is not None:
-        append_jsonl(output_dir / "held_out.jsonl", {"step": step, "eval_loss": loss})
-    if prepared.score is None:
-        return loss
-    engine.push_lora()
-    # SFTConfig has no such field, but the data presets name it for every algorithm.
-    limit = set_fields(prepared.config.trainer).get("max_completion_length", 256)
-    found: HeldOut = held_out(
-        engine, prepared.tokenizer, prepared.eval_rows, prepared.score, limit, prepared.chat_template_kwargs
-    )
-    append_jsonl(
-        output_dir / "held_out.jsonl",
-        {
-            "step": step,
-            "metric": prepared.score.name,
-            "score": found.score,
-            "count": found.count,
-            "completions": found.completions,
-        },
-    )
-    return found.score
+    records = score_policy(prepared, trainer, engine)
+    for record in records:
+        append_jsonl(output_dir / "held_out.jsonl", record)
+    return headline(records)
 
 
 def _say_score(console: Console, prepared: Prepared, when: str, value: float | None) -> None:
     if value is not None:
-        console.print(f"held-out {_metric(prepared)} {when}: {value:.3f}")
+        console.print(f"held-out {metric_name(prepared)} {when}: {value:.3f}")
 
 
 def _close(trainer, engine: Engine, summary: Summary, console: Console, sft: bool) -> None:
@@ -232,6 +217,7 @@ def _close(trainer, engine: Engine, summary: Summary, console: Console, sft: boo
     if drawn:
         plan.add("curve", str(curve))
     plan.add("metrics", str(folder / "metrics.jsonl"))
+    plan.add("report", str(folder / REPORT_HTML))
     if summary.resume:
         plan.add("go on with", summary.resume)
     plan.show(console)

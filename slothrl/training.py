@@ -68,7 +68,7 @@ def _attach(
     trainer.max_nonfinite_steps = config.max_nonfinite_steps
     trainer.rollout_timeout = config.rollout.timeout
     trainer.advice = f"go on with: {command}"
-    trainer.add_callback(MetricsFile(output_dir / "metrics.jsonl"))
+    trainer.add_callback(MetricsFile(output_dir / "metrics.jsonl", trainer.phases))
     trainer.add_callback(Interrupt(interrupts))
     if logger.progress:
         trainer.add_callback(Progress())

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from slothrl.interrupts import Interrupts
 from slothrl.memory_phases import memory_in_use
+from slothrl.phases import Phases
 from slothrl.report import append_jsonl, last_text, read_jsonl, show_samples
 
 SHOWN = {"reward": "reward", "loss": "loss", "kl": "kl", "completions/mean_length": "length"}
@@ -42,16 +43,25 @@ class Progress(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Every log of the trainer as a line of metrics.jsonl, with its step, the seconds of training so far and memory."""
+    """Every log of the trainer as a line of metrics.jsonl, with its step, the seconds of training so far and memory.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Args:
+        phases: of the trainer; the seconds in each since the last log are `time/<phase>`.
+    """
+
+    def __init__(self, path: Path, phases: Phases):
+        self.path, self.phases = path, phases
         before = read_jsonl(path)  # of the parts of the run that are over
         self.start = time.monotonic() - (before[-1]["seconds"] if before else 0.0)
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.phases.take_seconds()  # loading and the first score are no step's
+
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs):
         elapsed = round(time.monotonic() - self.start, 3)
-        append_jsonl(self.path, {"step": state.global_step, "seconds": elapsed, **(logs or {}), **memory_in_use()})
+        times = {f"time/{name}": round(seconds, 4) for name, seconds in self.phases.take_seconds().items()}
+        record = {"step": state.global_step, "seconds": elapsed, **(logs or {}), **times, **memory_in_use()}
+        append_jsonl(self.path, record)
 
 
 class Samples(TrainerCallback):

@@ -52,7 +52,7 @@ def last_checkpoint(run: Path) -> Path:
 
 def timeless(name: str) -> bool:
     """Whether a metric is the same in two runs that are the same."""
-    return not name.endswith(TIMES) and not name.startswith("memory/")
+    return not name.endswith(TIMES) and not name.startswith(("memory/", "time/"))
 
 
 def outcome(run: Path) -> dict:

@@ -195,6 +195,7 @@ def test_interrupt_and_go_on(work, overlay, tiny_folders):
     assert command[:3] == ["python", "-m", "slothrl"]
     assert command[-1] == f"resume={work}/run"
     assert summary["resume"] in printed
+    assert f"interrupted, {stopped} steps" in (work / "run" / "report.md").read_text(encoding="utf-8")
 
     # That command, with nothing changed but an earlier end.
     process = start([*command[1:], f"trainer.max_steps={stopped + 3}"], work)
