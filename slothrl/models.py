@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from slothrl.config import LoraConfig, ModelConfig
 from slothrl.embedded import EMBEDDED, embedded_folder
 from slothrl.errors import UserError
+from slothrl.vllm_compat import keep_plain, making_models
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -92,9 +93,11 @@ def load_model(plan: ModelPlan, device: str):
     if plan.quantization in ("nf4", "int8"):
         arguments["quantization_config"] = quantization_config(plan.quantization, plan.dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(plan.path, **arguments)
+        with making_models():
+            model = AutoModelForCausalLM.from_pretrained(plan.path, **arguments)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"could not load {plan.title}: {_first_line(error)}") from error
+    keep_plain(model)
     for module in model.modules():
         # Or the first forward in eval mode repacks the weights for a CPU kernel that has no backward.
         if hasattr(module, "support_avx512bf16_for_cpu"):

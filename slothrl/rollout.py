@@ -47,7 +47,6 @@ def open_base(prepared: Prepared, arguments: Any) -> Base:
         model = load_model(plan, device)
         return Base(model, note=f"{size(parameter_bytes(model)[0])}, once")
     from slothrl.shared_model import SharedModel, empty_model
-    from slothrl.vllm_compat import keep_plain, making_models
 
     options = {"attn_implementation": plan.attn_implementation} if plan.attn_implementation else {}
     empty = empty_model(plan.path, plan.dtype, plan.revision, **options)
@@ -59,9 +58,7 @@ def open_base(prepared: Prepared, arguments: Any) -> Base:
     except NotShareableError as error:
         if wish == "always":
             raise UserError(f"rollout.share_base=always: {error}") from error
-        with making_models(engine.llm):
-            model = load_model(plan, device)
-        keep_plain(model)
+        model = load_model(plan, device)
         return Base(model, engine, note=f"twice, {size(parameter_bytes(model)[0])} more for the trainer's: {error}")
 
 

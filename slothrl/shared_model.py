@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, G
 
 from slothrl.checkpoint_scales import restore_scales
 from slothrl.errors import NotShareableError
-from slothrl.vllm_compat import keep_plain
+from slothrl.vllm_compat import keep_plain, making_models
 from slothrl.vllm_layout import Held, WeightLayout, base_tensors
 
 
@@ -89,8 +89,6 @@ class SharedModel:
 def empty_model(path: str, dtype: torch.dtype, revision: str | None = None, **options: Any) -> PreTrainedModel:
     """A causal LM on the meta device: its modules and buffers are real, its parameters take no memory.
 
-    Make it before vLLM starts: vLLM rewrites some of transformers' classes (`vllm_compat.making_models`).
-
     Args:
         path: folder or hub name of the checkpoint; its config and generation config are read, no weights.
         options: for `AutoModelForCausalLM.from_config`, such as `attn_implementation`.
@@ -98,11 +96,12 @@ def empty_model(path: str, dtype: torch.dtype, revision: str | None = None, **op
     config = AutoConfig.from_pretrained(path, revision=revision)
     # Of a checkpoint that is quantised itself: `_describe` sets it from what vLLM holds.
     vars(config).pop("quantization_config", None)
-    with init_empty_weights(include_buffers=False):
+    with making_models(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     model.config._name_or_path = model.name_or_path = path
     with contextlib.suppress(OSError):  # a checkpoint without one: the defaults made from the config stay
         model.generation_config = GenerationConfig.from_pretrained(path, revision=revision or "main")
+    keep_plain(model)
     return model.eval()
 
 

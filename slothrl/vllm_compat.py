@@ -20,6 +20,7 @@ tests/integration/test_shared_model.py |
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -252,16 +253,31 @@ def kv_cache_bytes(llm) -> int:
 # --- what it does to transformers -----------------------------------------------------------------------------------
 
 
+_started_with: list[Any] = []  # the config of the last engine, without what ties it to the engine's memory
+
+
+def remember_config(llm) -> None:
+    """Keep what `making_models` needs, also when this engine is gone."""
+    from vllm.config import CompilationConfig, CompilationMode
+
+    config = copy.copy(llm.llm_engine.vllm_config)
+    config.compilation_config = CompilationConfig(mode=CompilationMode.NONE)
+    _started_with[:] = [config]
+
+
 @contextmanager
-def making_models(llm) -> Iterator[None]:
-    """For making a transformers model after vLLM has started.
+def making_models() -> Iterator[None]:
+    """For making a transformers model, where vLLM may have run before in this process.
 
     Architectures without a model of vLLM's own run through its transformers backend, which rewrites transformers'
-    class in this process: its `__init__` then asks for vLLM's config.
+    class for good: its `__init__` then asks for a config of vLLM's. `keep_plain` must follow.
     """
+    if not _started_with:
+        yield
+        return
     from vllm.config import set_current_vllm_config
 
-    with set_current_vllm_config(llm.llm_engine.vllm_config):
+    with set_current_vllm_config(_started_with[0]):
         yield
 
 

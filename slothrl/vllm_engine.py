@@ -71,6 +71,7 @@ class VLLMEngine(Engine):
             raise UserError(f"vLLM could not load {options.path}: {_first_line(error)}") from error
         finally:
             self._stream.started()
+        vllm_compat.remember_config(self.llm)
         self.started_bytes = free - _free_bytes()  # what the driver says vLLM took, all together
         # The adapter will sit in vLLM's memory, so this path is never read.
         self.request = LoRARequest("slothrl", vllm_compat.ADAPTER_ID, "/in-memory")

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from slothrl.vllm_compat import making_models
 from tests.helpers import tiny_tokenizer
 
 # Small enough for seconds, with what makes each family different: head sizes that vLLM's CPU build has kernels for,
@@ -43,7 +44,8 @@ def make_checkpoint(family: str, folder: Path, dtype: torch.dtype = torch.bfloat
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).to(dtype)
+        with making_models():  # an earlier test may have had vLLM rewrite the class
+            model = AutoModelForCausalLM.from_config(config).to(dtype)
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:  # norms and biases that would show if they were left out
                 parameter.data += 0.2 * torch.randn_like(parameter)

@@ -53,7 +53,7 @@ def open_shared(
         from transformers import AutoModelForCausalLM
 
         warnings.warn(f"the base is in memory twice: {error}", stacklevel=3)
-        with making_models(engine.llm):
+        with making_models():
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, revision=revision, quantization_config=config, **options
             )
