@@ -26,3 +26,18 @@ def tiny_folders(tmp_path_factory) -> dict[str, str]:
         tokenizer.save_pretrained(folder)
         made[name] = str(folder)
     return made
+
+
+@pytest.fixture
+def smollm3_as_it_was():
+    """vLLM runs SmolLM3 through its transformers backend, which rewrites transformers' class: undone for later tests."""
+    from transformers.models.smollm3.modeling_smollm3 import SmolLM3Model as rewritten
+
+    kept, bases = dict(vars(rewritten)), rewritten.__bases__
+    yield
+    rewritten.__bases__ = bases
+    for name in set(vars(rewritten)) - set(kept):
+        delattr(rewritten, name)
+    for name, value in kept.items():
+        if vars(rewritten)[name] is not value:
+            setattr(rewritten, name, value)

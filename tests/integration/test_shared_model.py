@@ -57,7 +57,7 @@ def check(engine, shared, model, bound):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nf4_families(family, tmp_path):
+def test_nf4_families(family, tmp_path, smollm3_as_it_was):
     engine, shared, model = start(make_checkpoint(family, tmp_path), "bitsandbytes")
     check(engine, shared, model, bound=0.1)
     engine.close()

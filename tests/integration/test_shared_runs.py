@@ -9,6 +9,7 @@ from peft import LoraConfig
 from rich.console import Console
 from transformers import BitsAndBytesConfig
 
+from slothrl.shared_model import empty_model
 from tests.families import make_checkpoint
 
 pytestmark = [
@@ -94,7 +95,7 @@ def test_always_means_always(go):
         go("model.quantization=none", "rollout.share_base=always")  # vLLM's CPU build repacks plain weights
 
 
-def test_transformers_backend_beside_a_model_of_its_own(go, tmp_path):
+def test_transformers_backend_beside_a_model_of_its_own(go, tmp_path, smollm3_as_it_was):
     """vLLM rewrites transformers' SmolLM3 in this process: the trainer's own copy must load and run all the same."""
     folder = make_checkpoint("smollm3", tmp_path / "smollm3")
     said, logged, _ = go(
@@ -102,6 +103,11 @@ def test_transformers_backend_beside_a_model_of_its_own(go, tmp_path):
     )
     assert "twice" in said
     assert all(line["sampling/sampling_logp_difference/mean"] < 0.1 for line in logged)
+    # The next run of a sweep, in the same process, when this one's engine is gone.
+    again = empty_model(str(folder), torch.bfloat16)
+    assert all(parameter.is_meta for parameter in again.parameters())
+    with pytest.raises(AssertionError, match="Current vLLM config is not set"):  # else this test proves nothing
+        type(again.model)(again.config)
 
 
 def test_trl_arguments_share_it_too(tmp_path):
