@@ -30,7 +30,7 @@ def tiny_folders(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def smollm3_as_it_was():
-    """vLLM runs SmolLM3 through its transformers backend, which rewrites transformers' class: undone for later tests."""
+    """vLLM runs SmolLM3 by its transformers backend, which rewrites transformers' class: undone for later tests."""
     from transformers.models.smollm3.modeling_smollm3 import SmolLM3Model as rewritten
 
     kept, bases = dict(vars(rewritten)), rewritten.__bases__
