@@ -29,6 +29,7 @@ CHOICES = {
     "model.dtype": ("auto", "bfloat16", "float16", "float32"),
     "rollout.engine": ("auto", "vllm", "transformers"),
     "rollout.share_base": ("auto", "always", "never"),
+    "rollout.linear": ("auto", "slothrl", "vllm"),
     "rollout.dtype": ("auto", "bfloat16", "float16", "float32"),
     "gpu.device": ("cpu", "cuda"),
     "reward.on_failure": ("mask", "zero", "abort"),

@@ -118,6 +118,7 @@ def _start_vllm(prepared: Prepared, arguments: Any):
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         kv_cache_gb=rollout.kv_cache_gb,
         enforce_eager=rollout.enforce_eager,
+        linear=rollout.linear,
         sleep=rollout.sleep,
         seed=config.seed,
     )

@@ -51,12 +51,13 @@ def lora_shrink_kernel(
     finish(total, y, a, a, a, a, partials, arrived, row, token, M, N, splits, False, 0, 1, SPLIT, INTERPRETED)
 
 
-def lora_shrink(x: Tensor, a: Tensor) -> Tensor:
+def lora_shrink(x: Tensor, a: Tensor, arrived: Tensor | None = None) -> Tensor:
     """X A^T of X's dtype, summed in float32; Triton only (torch's is `torch.nn.functional.linear`).
 
     Args:
         x: (M, K) contiguous, bfloat16 or float16, K a multiple of 64.
         a: (R, K) contiguous, of X's dtype.
+        arrived: int32 zeros that the caller keeps, zeros again afterwards; None: what `nf4_matmul` keeps by stream.
     """
     (rows, inputs), rank = x.shape, a.shape[0]
     block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
@@ -66,7 +67,7 @@ def lora_shrink(x: Tensor, a: Tensor) -> Tensor:
     grid = (triton.cdiv(rank, block_n), splits, triton.cdiv(rows, block_m))
     y = torch.empty(rows, rank, dtype=x.dtype, device=x.device)
     partials = torch.empty(splits * rows * rank, dtype=torch.float32, device=x.device)
-    arrived = arrival_counters(x.device, grid[0] * grid[2])
+    arrived = arrival_counters(x.device, grid[0] * grid[2], arrived)
     with torch.cuda.device_of(x):
         lora_shrink_kernel[grid](
             x,

@@ -33,6 +33,8 @@ class LoraDelta:
     a: (slices * R, K), the slices' A one below the other. b: (N, R), scaling already inside. Both contiguous and of X's
         dtype; R is a power of two from 16 on, and a smaller rank is padded with zeros (`padded_rank`).
     ends: (slices,) int32 on the device, the row after each slice's last; sizes: rows of each slice, on the host.
+    arrived: int32 zeros for the launches of this layer alone, one after the other, so that CUDA graphs need no buffer
+        of their own; None: what `nf4_matmul` keeps for the stream.
 
     Raises:
         ValueError: shapes or dtypes that do not fit.
@@ -42,6 +44,7 @@ class LoraDelta:
     b: Tensor
     ends: Tensor
     sizes: tuple[int, ...]
+    arrived: Tensor | None = None
 
     def __post_init__(self) -> None:
         rank, slices = self.b.shape[1], len(self.sizes)
@@ -57,7 +60,9 @@ class LoraDelta:
         """An adapter that changes nothing, on the device and in the dtype of `like`."""
         padded = cls.padded_rank(rank)
         ends = torch.tensor(sizes, device=like.device).cumsum(0).to(torch.int32)
-        return cls(like.new_zeros(len(sizes) * padded, inputs), like.new_zeros(sum(sizes), padded), ends, sizes)
+        arrived = torch.zeros(sum(sizes) // 8 + 64, dtype=torch.int32, device=like.device)
+        a, b = like.new_zeros(len(sizes) * padded, inputs), like.new_zeros(sum(sizes), padded)
+        return cls(a, b, ends, sizes, arrived)
 
     @staticmethod
     def padded_rank(rank: int) -> int:
@@ -107,19 +112,20 @@ def nf4_lora_matmul(
         raise ValueError("nf4_lora_matmul takes expanded absmax")
     arguments = (weight.packed, weight.absmax, weight.code, list(weight.shape), weight.blocksize)
     operator = torch.ops.slothrl_kernels.nf4_lora_matmul
-    return operator(x, *arguments, lora.a, lora.b, lora.ends, list(lora.sizes), bias, impl)
+    return operator(x, *arguments, lora.a, lora.b, lora.ends, list(lora.sizes), lora.arrived, bias, impl)
 
 
-def _operator(x, packed, absmax, code, shape, blocksize, a, b, ends, sizes, bias, impl) -> Tensor:
-    weight, lora = Nf4Weight(packed, absmax, code, tuple(shape), blocksize), LoraDelta(a, b, ends, tuple(sizes))
+def _operator(x, packed, absmax, code, shape, blocksize, a, b, ends, sizes, arrived, bias, impl) -> Tensor:
+    weight = Nf4Weight(packed, absmax, code, tuple(shape), blocksize)
+    lora = LoraDelta(a, b, ends, tuple(sizes), arrived)
     if x.size(-1) != shape[1] or a.shape[1] != shape[1] or len(b) != shape[0]:
         raise ValueError(f"x {tuple(x.shape)}, W {tuple(shape)}, A {tuple(a.shape)} and B {tuple(b.shape)} do not fit")
     rows = x.numel() // max(1, x.size(-1))
     if a.dtype != x.dtype or not takes_gemm(x, rows, weight, impl):
         return add_lora(F.linear(x, nf4_dequantize(weight, x.dtype, impl=impl), bias), x, lora)
     tokens = aligned(x.reshape(rows, shape[1]))
-    config = choose_config(rows, *shape, processors(x.device))
-    y = launch(tokens, weight, bias, config, (lora_shrink(tokens, a), lora))
+    config = choose_config(rows, shape[0], shape[1], processors(x.device))
+    y = launch(tokens, weight, bias, config, (lora_shrink(tokens, a, arrived), lora))
     return y.view(*x.shape[:-1], shape[0])
 
 
@@ -127,10 +133,11 @@ def _fake(x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, shape: list[i
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
+# `arrived` is not declared as written to: it is zeros before and after, and a declaration would cost copies of it.
 _library = torch.library.Library("slothrl_kernels", "FRAGMENT")
 _library.define(
     "nf4_lora_matmul(Tensor x, Tensor packed, Tensor absmax, Tensor code, int[] shape, int blocksize, Tensor a, "
-    "Tensor b, Tensor ends, int[] sizes, Tensor? bias, str impl) -> Tensor"
+    "Tensor b, Tensor ends, int[] sizes, Tensor? arrived, Tensor? bias, str impl) -> Tensor"
 )
 _library.impl("nf4_lora_matmul", _operator, "CompositeExplicitAutograd")
 torch.library.register_fake("slothrl_kernels::nf4_lora_matmul", _fake, lib=_library)

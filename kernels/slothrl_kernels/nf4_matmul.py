@@ -110,6 +110,7 @@ def aligned(x: Tensor) -> Tensor:
 
 def launch(x: Tensor, weight: Nf4Weight, bias: Tensor | None, config: Nf4Config, lora: Any = None) -> Tensor:
     """x (M, K) contiguous -> (M, N); lora: (X A^T, a `nf4_lora.LoraDelta`), added before the result is rounded."""
+    own = lora[1].arrived if lora else None
     (rows, inputs), outputs, nested, code = x.shape, weight.shape[0], weight.nested, weight.code
     tensor_cores = config.block_m > 1
     grid = (triton.cdiv(outputs, config.block_n), config.splits, triton.cdiv(rows, config.block_m))
@@ -117,7 +118,7 @@ def launch(x: Tensor, weight: Nf4Weight, bias: Tensor | None, config: Nf4Config,
     partials = arrived = code  # not touched by a single split
     if config.splits > 1:
         partials = torch.empty(config.splits * rows * outputs, dtype=torch.float32, device=x.device)
-        arrived = arrival_counters(x.device, grid[0] * grid[2])
+        arrived = arrival_counters(x.device, grid[0] * grid[2], own)
     with torch.cuda.device_of(x):  # Triton launches on the current device, not on the tensor's
         (nf4_gemm_kernel if tensor_cores else nf4_gemv_kernel)[grid](
             x.view(torch.int64 if tensor_cores else torch.int32),
@@ -161,8 +162,10 @@ def _options(dtype: torch.dtype, weight: Nf4Weight, has_bias: bool, config: Nf4C
     return options
 
 
-def arrival_counters(device: torch.device, tiles: int) -> Tensor:
-    """Zeros, and zeros again after every launch; see the module's note on CUDA graphs."""
+def arrival_counters(device: torch.device, tiles: int, own: Tensor | None = None) -> Tensor:
+    """Zeros, and zeros again after every launch; `own`, where a caller keeps enough; see the note on CUDA graphs."""
+    if own is not None and own.numel() >= tiles:
+        return own
     cuda = device.type == "cuda"
     key = (device, torch.cuda.current_stream(device).cuda_stream if cuda else 0)
     if tiles > COUNTERS or (key not in _arrivals and cuda and torch.cuda.is_current_stream_capturing()):

@@ -58,7 +58,7 @@ def _lora(total, xa, lora_b, ends, row, token, M, RANK: tl.constexpr, SLICES: tl
     width = SLICES * RANK
     if total.shape[1] == 1:
         a = tl.load(xa + token * width + slices[:, None] * RANK + rank[None, :])
-        return total + tl.sum(b.to(tl.float32) * a.to(tl.float32), 1)[:, None]
+        return total + tl.sum(b.to(tl.float32) * a.to(tl.float32), 1)[:, None]  # pyright: ignore
     near = tl.minimum(token, M - 1).to(tl.int64)
     for i in tl.static_range(SLICES):  # pyright: ignore
         a = tl.load(xa + near[None, :] * width + i * RANK + rank[:, None])

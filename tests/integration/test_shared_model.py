@@ -33,16 +33,19 @@ def plain_linears(monkeypatch):
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep)
 
 
-def start(folder, quantization, dtype="bfloat16", **lora):
+def start(folder, quantization, dtype="bfloat16", linear="slothrl", **lora):
     """(engine, shared base, PEFT model) over one checkpoint."""
     from slothrl.vllm_engine import VLLMEngine, VLLMOptions
 
     torch.manual_seed(0)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", **lora)
     outline = get_peft_model(empty_model(str(folder), torch.float32), config, low_cpu_mem_usage=True)
-    options = VLLMOptions(str(folder), 128, 8, quantization, dtype=dtype, enforce_eager=True, kv_cache_gb=0.1)
+    options = VLLMOptions(
+        str(folder), 128, 8, quantization, dtype=dtype, enforce_eager=True, kv_cache_gb=0.1, linear=linear
+    )
     empty = empty_model(str(folder), getattr(torch, dtype))
     engine = VLLMEngine(options, lora_shape(outline))
+    assert (engine.linear is None) == (linear == "vllm")
     shared = SharedModel(engine.vllm_model, empty)
     model = get_peft_model(shared.model, config)
     return engine.follow(model, tiny_tokenizer()), shared, model
@@ -71,11 +74,29 @@ def test_plain_families(family, dtype, tmp_path, plain_linears):
     engine.close()
 
 
-def test_prequantized_checkpoint(tmp_path):
+@pytest.mark.parametrize("quantization", ["bitsandbytes", None])
+def test_vllms_own_layers(quantization, tmp_path, plain_linears):
+    """The same over vLLM's linear layers and its machinery for many adapters."""
+    engine, shared, model = start(make_checkpoint("qwen2", tmp_path), quantization, linear="vllm")
+    check(engine, shared, model, bound=0.1)
+    rows = engine.slot.llm.apply_model(lambda module: module)[0].lora_manager.lora_index_to_id
+    rows[engine.slot.index], kept = None, rows[engine.slot.index]
+    with pytest.raises(RuntimeError, match="moved the adapter out of its place, or dropped it"):
+        engine.push_lora()
+    rows[engine.slot.index] = kept
+    engine.close()
+
+
+@pytest.mark.parametrize("skipped", [[], ["lm_head", "model.layers.0.mlp.down_proj"]], ids=["whole", "in part"])
+def test_prequantized_checkpoint(skipped, tmp_path, plain_linears):
     """A bnb-4bit checkpoint with double quantisation: the shared weights are bit for bit what transformers loads."""
     plain = make_checkpoint("llama", tmp_path / "plain")
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16"
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype="bfloat16",
+        llm_int8_skip_modules=skipped or None,
     )
     loaded = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16, quantization_config=config)
     folder = tmp_path / "bnb-4bit"
@@ -251,15 +272,6 @@ def test_a_missing_projection_is_found(parts, monkeypatch):
         PolicyProbe(engine, model, ROWS, bound=0.1).perturbation_test()
     monkeypatch.undo()
     engine.push_lora()
-
-
-def test_dropped_adapters_are_noticed(parts):
-    engine = parts[0]
-    rows = engine.slot.llm.apply_model(lambda module: module)[0].lora_manager.lora_index_to_id
-    rows[engine.slot.index], kept = None, rows[engine.slot.index]
-    with pytest.raises(RuntimeError, match="moved the adapter out of its place, or dropped it"):
-        engine.push_lora()
-    rows[engine.slot.index] = kept
 
 
 def test_sleep_is_harmless_without_a_gpu(parts):

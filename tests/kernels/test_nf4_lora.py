@@ -71,7 +71,7 @@ def test_many_rows_and_leading_dimensions(kernel_device):
 
 def test_operator_keeps_torchs_rules():
     x, weight, lora, bias = lora_case(3, (8, 4), 64, 16, torch.float32, "cpu")
-    arguments = (weight.packed, weight.absmax, weight.code, [12, 64], 64, lora.a, lora.b, lora.ends, [8, 4], bias)
+    arguments = (weight.packed, weight.absmax, weight.code, [12, 64], 64, lora.a, lora.b, lora.ends, [8, 4], None, bias)
     torch.library.opcheck(torch.ops.slothrl_kernels.nf4_lora_matmul, (x, *arguments, "auto"))
 
 
