@@ -116,7 +116,7 @@ def measure(arm: str, folder: str, out: Path, arms: list[str], kv_gb: float, rol
     (out / f"{arm}.ready").touch()
     while not all((out / f"{other}.ready").exists() or (out / f"{other}.dead").exists() for other in arms):
         time.sleep(0.5)
-    with (out / "turn").open("w") as turn:
+    with (Path(tempfile.gettempdir()) / "bench_decode.turn").open("w") as turn:  # also of another shape's arms
         fcntl.flock(turn, fcntl.LOCK_EX)
         for count in SEQUENCES:
             seconds(count, 8)
