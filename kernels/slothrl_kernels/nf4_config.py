@@ -1,4 +1,4 @@
-"""Which tile a call of `nf4_matmul` runs with: tuned shapes, sane defaults for the rest, and candidates for a sweep."""
+"""The launches of the nf4 GEMM: defaults by rows of X, how many programs share K, and candidates worth timing."""
 
 from __future__ import annotations
 
@@ -39,19 +39,11 @@ DEFAULTS = {
     128: Nf4Config(128, 128, 1, 1, 4, 3),
     256: Nf4Config(128, 128, 1, 1, 4, 3),
 }
-# (rows bucket, N, K) -> the winner of a sweep (tests/gpu/bench_kernels.py prints the lines); empty until one is run.
-TUNED: dict[tuple[int, int, int], Nf4Config] = {}
 
 
 def bucket(rows: int) -> int:
     """The smallest bucket that holds `rows` tokens."""
     return next((size for size in ROW_BUCKETS if rows <= size), ROW_BUCKETS[-1])
-
-
-def choose_config(rows: int, outputs: int, inputs: int, processors: int) -> Nf4Config:
-    """The launch for X (rows, K=inputs) and W (N=outputs, K) on a GPU of so many multiprocessors, splits filled in."""
-    size = bucket(rows)
-    return complete(TUNED.get((size, outputs, inputs), DEFAULTS[size]), rows, outputs, inputs, processors)
 
 
 def complete(config: Nf4Config, rows: int, outputs: int, inputs: int, processors: int) -> Nf4Config:

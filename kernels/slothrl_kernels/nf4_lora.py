@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slothrl_kernels.lora_shrink import lora_shrink
-from slothrl_kernels.nf4_config import choose_config
 from slothrl_kernels.nf4_dequantize import nf4_dequantize, nf4_dequantize_reference
+from slothrl_kernels.nf4_launches import choose_config
 from slothrl_kernels.nf4_matmul import aligned, launch, takes_gemm
 from slothrl_kernels.nf4_weight import Nf4Weight
-from slothrl_kernels.switch import Impl, processors
+from slothrl_kernels.switch import Impl
 
 MIN_RANK = 16  # what a tensor core multiplies at least
 
@@ -124,7 +124,7 @@ def _operator(x, packed, absmax, code, shape, blocksize, a, b, ends, sizes, arri
     if a.dtype != x.dtype or not takes_gemm(x, rows, weight, impl):
         return add_lora(F.linear(x, nf4_dequantize(weight, x.dtype, impl=impl), bias), x, lora)
     tokens = aligned(x.reshape(rows, shape[1]))
-    config = choose_config(rows, shape[0], shape[1], processors(x.device))
+    config = choose_config(rows, shape[0], shape[1], x.device)
     y = launch(tokens, weight, bias, config, (lora_shrink(tokens, a, arrived), lora))
     return y.view(*x.shape[:-1], shape[0])
 

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slothrl_kernels.nf4_config import GEMM_ROWS, Nf4Config, choose_config, complete
+from slothrl_kernels.nf4_config import GEMM_ROWS, Nf4Config, complete
 from slothrl_kernels.nf4_dequantize import nf4_dequantize, nf4_dequantize_reference
+from slothrl_kernels.nf4_launches import choose_config
 from slothrl_kernels.nf4_weight import NestedAbsmax, Nf4Weight
 from slothrl_kernels.switch import HAS_TRITON, Impl, interpreted, processors, takes_triton
 
@@ -90,8 +91,10 @@ def _forward(x: Tensor, weight: Nf4Weight, bias: Tensor | None, impl: Impl, conf
     if not takes_gemm(x, rows, weight, impl):
         return F.linear(x, nf4_dequantize(weight, x.dtype, impl=impl), bias)
     tokens = aligned(x.reshape(rows, inputs))
-    count = processors(x.device)
-    chosen = complete(config, rows, outputs, inputs, count) if config else choose_config(rows, outputs, inputs, count)
+    if config:
+        chosen = complete(config, rows, outputs, inputs, processors(x.device))
+    else:
+        chosen = choose_config(rows, outputs, inputs, x.device)
     return launch(tokens, weight, bias, chosen).view(*x.shape[:-1], outputs)
 
 

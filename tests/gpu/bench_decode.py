@@ -54,7 +54,12 @@ def start(arm: str, folder: str, kv_gb: float):
     else:
         arguments |= {"quantization": "bitsandbytes"} if base == "bitsandbytes" else {}
         if not without:
-            arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": RANK}
+            arguments |= {
+                "enable_lora": True,
+                "max_loras": 1,
+                "max_lora_rank": RANK,
+                "lora_target_modules": list(TARGETS),
+            }
     if base == "bitsandbytes":  # for that method vLLM takes the loader of that name
         arguments["load_format"] = register_random_loader("bitsandbytes")
     llm = vllm.LLM(**arguments)
@@ -86,7 +91,7 @@ def fill_lora(llm, own: bool) -> None:
                 tensors[f"{name}B.weight"] = torch.zeros(outputs, RANK, device="cuda")
         vllm_compat.register_adapter(llm, tensors, RANK, RANK, TARGETS)
         index = vllm_compat.adapter_in_place(llm)
-        found = list(vllm_compat.lora_buffers(llm, index).values())
+        found = [b for n, b in vllm_compat.lora_buffers(llm, index).items() if n.endswith(TARGETS)]
     assert len(found) == len(TARGETS) * llm.llm_engine.vllm_config.model_config.hf_config.num_hidden_layers, len(found)
     for a, b in found:
         a.normal_(0, 0.02)
@@ -122,10 +127,17 @@ def measure(arm: str, folder: str, out: Path, arms: list[str], kv_gb: float, rol
             seconds(count, 8)
             one = statistics.median(seconds(count, 1) for _ in range(3))
             found[f"{count}"] = (min(seconds(count, STEPS + 1) for _ in range(2)) - one) / STEPS * 1e3
+            save(out, arm, found)
         found["prefill"] = 64 * PROMPT / min(seconds(64, 1) for _ in range(2))
         if rollout:
             found["rollout"] = seconds(64, 1024, 504, 8)
+        save(out, arm, found)
+
+
+def save(out: Path, arm: str, found: dict[str, Any]) -> None:
+    """After each figure, so that a run that is cut short leaves what it has."""
     (out / f"{arm}.json").write_text(json.dumps(found))
+    print("RESULT", arm, json.dumps(found), flush=True)
 
 
 def main() -> None:
@@ -168,8 +180,10 @@ def print_table(shape: str, folder: Path, arms: list[str]) -> None:
             print(f"| {arm} | failed: see decode-{shape}-{arm}.log |")
             continue
         found = json.loads(result.read_text())
-        cells = [f"{found[str(count)]:.2f}" for count in SEQUENCES] + [f"{found['prefill']:,.0f}"]
-        print(f"| {arm} | {' | '.join(cells)} | {found.get('rollout', float('nan')):.1f} | {found['start']:.0f} |")
+        missing = float("nan")
+        cells = [f"{found.get(str(count), missing):.2f}" for count in SEQUENCES]
+        cells += [f"{found.get('prefill', missing):,.0f}", f"{found.get('rollout', missing):.1f}"]
+        print(f"| {arm} | {' | '.join(cells)} | {found['start']:.0f} |")
 
 
 if __name__ == "__main__":

@@ -84,11 +84,11 @@ def fill_packed(parameter: Any, module: Any) -> None:
 
     parameter.data.random_(0, 256)
     inputs = parameter.numel() * 2 // sum(module.output_partition_sizes)
-    code = get_4bit_type("nf4", device=parameter.data.device)
+    code = get_4bit_type("nf4", device=parameter.data.device).float()
     states, offsets = {}, [0]
     for i, rows in enumerate(module.output_partition_sizes):
         shape = torch.Size((rows, inputs))
-        absmax = torch.full((prod(shape) // 64,), 0.05, device=parameter.data.device)
+        absmax = torch.full((prod(shape) // 64,), 0.05, device=parameter.data.device, dtype=torch.float32)
         states[i] = QuantState(absmax, shape, code, blocksize=64, quant_type="nf4", dtype=torch.bfloat16)
         offsets.append(offsets[-1] + prod(shape) // 2)
     parameter.bnb_quant_state, parameter.bnb_shard_offsets = states, torch.tensor(offsets)
