@@ -30,6 +30,7 @@ CHOICES = {
     "rollout.engine": ("auto", "vllm", "transformers"),
     "rollout.share_base": ("auto", "always", "never"),
     "rollout.linear": ("auto", "slothrl", "vllm"),
+    "rollout.kv_cache_dtype": ("auto", "fp8"),
     "rollout.dtype": ("auto", "bfloat16", "float16", "float32"),
     "gpu.device": ("cpu", "cuda"),
     "reward.on_failure": ("mask", "zero", "abort"),

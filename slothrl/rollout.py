@@ -119,6 +119,8 @@ def _start_vllm(prepared: Prepared, arguments: Any):
         kv_cache_gb=rollout.kv_cache_gb,
         enforce_eager=rollout.enforce_eager,
         linear=rollout.linear,
+        kv_cache_dtype=rollout.kv_cache_dtype,
+        prefix_caching=rollout.prefix_caching,
         sleep=rollout.sleep,
         seed=config.seed,
     )

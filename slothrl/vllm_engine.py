@@ -31,6 +31,9 @@ class VLLMOptions:
         gpu_memory_utilization: share of the GPU for weights and KV cache together.
         kv_cache_gb: KV cache in GiB; None: what `gpu_memory_utilization` leaves, 1 on a CPU.
         sleep: whether the KV cache can be freed while the trainer works (GPU only).
+        kv_cache_dtype: "auto" (as `dtype`) or "fp8": half the memory and traffic, and approximate: the sampling policy is
+            then another one than the trained, by some hundredths of a nat, which the importance correction weighs.
+        prefix_caching: a prompt's cache serves all completions of its group, and later turns.
         linear: whose linear layers run: "slothrl" (`slothrl.vllm_linear`), "vllm", or "auto": ours for an nf4 base and
             on a CPU, where vLLM's LoRA takes time in proportion to rank times tokens.
     """
@@ -47,6 +50,8 @@ class VLLMOptions:
     seed: int = 0
     revision: str | None = None
     linear: str = "auto"
+    kv_cache_dtype: str = "auto"
+    prefix_caching: bool = True
 
 
 class VLLMEngine(Engine):
@@ -222,7 +227,8 @@ def _arguments(options: VLLMOptions, lora: LoraShape, linear: str | None) -> dic
         "max_model_len": options.max_model_len,
         "max_num_seqs": options.max_num_seqs,
         "enforce_eager": options.enforce_eager,
-        "enable_prefix_caching": True,
+        "enable_prefix_caching": options.prefix_caching,
+        "kv_cache_dtype": options.kv_cache_dtype,
         # Log-probs of the distribution that was sampled from: after temperature and the logit processors.
         "logprobs_mode": "processed_logprobs",
         "seed": options.seed,

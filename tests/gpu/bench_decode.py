@@ -3,6 +3,7 @@
     python tests/gpu/bench_decode.py --shape 8b                  # arms side by side, timed one after the other
     python tests/gpu/bench_decode.py --shape 3b --arms slothrl,bitsandbytes
     python tests/gpu/bench_decode.py --shape 8b --rollout        # also 64 completions of 1,024 tokens after 504
+    python tests/gpu/bench_decode.py --shape 8b --profile        # also where a step's time goes, kernel by kernel
 
 Random weights of the shape, LoRA r=16 on all linear layers, CUDA graphs, prompts of 512 tokens and 256 more: the time
 of a step is that of generating 257 tokens less that of generating one, over 256. "-no-lora" behind an arm: without.
@@ -98,9 +99,9 @@ def fill_lora(llm, own: bool) -> None:
         b.normal_(0, 0.02)
 
 
-def measure(arm: str, folder: str, out: Path, arms: list[str], kv_gb: float, rollout: bool) -> None:
-    begin = time.time()
-    llm = start(arm, folder, kv_gb)
+def measure(options: argparse.Namespace, arms: list[str]) -> None:
+    begin, arm, out = time.time(), options.arm, options.folder
+    llm = start(arm, str(out), options.kv)
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -129,9 +130,24 @@ def measure(arm: str, folder: str, out: Path, arms: list[str], kv_gb: float, rol
             found[f"{count}"] = (min(seconds(count, STEPS + 1) for _ in range(2)) - one) / STEPS * 1e3
             save(out, arm, found)
         found["prefill"] = 64 * PROMPT / min(seconds(64, 1) for _ in range(2))
-        if rollout:
+        if options.rollout:
             found["rollout"] = seconds(64, 1024, 504, 8)
         save(out, arm, found)
+        for count in (1, 64, 128) if options.profile else ():
+            profile(count, lambda count=count: seconds(count, 33))
+
+
+def profile(count: int, call) -> None:
+    """Kernels by their share of the GPU's time, and how much of the wall clock the GPU was busy."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
+        wall = call() * 1e6
+    kernels = sorted(record.key_averages(), key=lambda event: -event.self_device_time_total)
+    busy = sum(event.self_device_time_total for event in kernels)
+    print(f"PROFILE {count} sequences, 32 steps and a prefill: {wall / 1e3:.0f} ms, GPU busy {busy / 1e3:.0f} ms")
+    for event in kernels[:14]:
+        print(f"PROFILE   {event.self_device_time_total / 1e3:8.2f} ms {event.count:6d} x {event.key[:90]}", flush=True)
 
 
 def save(out: Path, arm: str, found: dict[str, Any]) -> None:
@@ -146,12 +162,13 @@ def main() -> None:
     parser.add_argument("--arms", default="slothrl,bitsandbytes,bf16")
     parser.add_argument("--kv", type=float, default=12.8, help="GiB of KV cache an arm")
     parser.add_argument("--rollout", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--arm")
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     arms = options.arms.split(",")
     if options.arm:
-        measure(options.arm, str(options.folder), options.folder, arms, options.kv, options.rollout)
+        measure(options, arms)
         return
     from random_nf4 import write_config
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from slothrl.engine import Sampling, TransformersEngine, model_logprobs
+from slothrl.engine import Rollout, Sampling, TransformersEngine, model_logprobs
 from tests.helpers import tiny_model, tiny_tokenizer
 
 
@@ -89,3 +89,9 @@ def test_probe_after_pushes_keeps_to_its_share(monkeypatch):
         checked.append(probe.check_push() is not None)
     assert [10 * i for i, yes in enumerate(checked) if yes] == [0, 60, 120, 180]
     assert rows == [[2] * 24] * 4
+
+
+def test_occupancy_is_the_share_of_sequences_still_generating():
+    assert Rollout([[1, 2, 3, 4], [1], [1], [1, 2]]).occupancy == 8 / 16  # 4, 2, 1 and 1 of 4 in the four steps
+    assert Rollout([[1, 2], [3, 4]]).occupancy == 1.0
+    assert Rollout([[], []]).occupancy == 1.0
