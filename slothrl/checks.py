@@ -31,6 +31,7 @@ CHOICES = {
     "rollout.share_base": ("auto", "always", "never"),
     "rollout.linear": ("auto", "slothrl", "vllm"),
     "rollout.kv_cache_dtype": ("auto", "fp8"),
+    "rollout.view": ("auto", "nf4", "bf16"),
     "rollout.dtype": ("auto", "bfloat16", "float16", "float32"),
     "gpu.device": ("cpu", "cuda"),
     "reward.on_failure": ("mask", "zero", "abort"),

@@ -21,11 +21,12 @@ Contract tests: tests/integration/test_shared_model.py.
 from __future__ import annotations
 
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from slothrl_kernels import LoraDelta, Nf4Weight
+from slothrl_kernels import LoraDelta, Nf4Weight, nf4_dequantize
 from torch import Tensor, nn
 
 NF4, PLAIN = "slothrl_nf4", "slothrl_plain"
@@ -67,12 +68,47 @@ def layer_loras(model: nn.Module) -> dict[str, list[tuple[Tensor, Tensor, slice]
     return found
 
 
+# --- the 16-bit view ------------------------------------------------------------------------------------------------
+
+
+def make_views(model: nn.Module) -> None:
+    """Give every nf4 layer memory for its 16-bit view, in one allocation; what is in it is for `fill_views`."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "nf4_shape")]
+    sizes = [prod(layer.nf4_shape) for layer in layers]
+    flat = torch.zeros(sum(sizes), dtype=layers[0].params_dtype, device=layers[0].nf4_packed.device)
+    for layer, part in zip(layers, flat.split(sizes), strict=True):
+        layer.register_buffer("view", part.view(layer.nf4_shape), persistent=False)
+
+
+@torch.inference_mode()
+def fill_views(model: nn.Module) -> None:
+    """Write each layer's weight with its LoRA folded in, W + B A rounded once to 16 bits, into its view."""
+    for layer in model.modules():
+        if getattr(layer, "view", None) is None or not hasattr(layer, "nf4_shape"):
+            continue
+        layer: Any
+        weight = Nf4Weight(layer.nf4_packed, layer.nf4_absmax, layer.nf4_code, tuple(layer.nf4_shape))
+        nf4_dequantize(weight, layer.view.dtype, layer.view)
+        lora: LoraDelta | None = layer.slothrl_lora
+        for i, rows in enumerate(layer.view.split(lora.sizes) if lora is not None else ()):
+            a, b = lora.slice(i)  # pyright: ignore
+            rows.addmm_(b, a)
+
+
+def view_bytes(model: nn.Module) -> int:
+    """What the views of all layers take."""
+    views = (getattr(module, "view", None) for module in model.modules() if hasattr(module, "nf4_shape"))
+    return sum(view.nbytes for view in views if view is not None)
+
+
+# --- the layers -----------------------------------------------------------------------------------------------------
+
+
 def _attach(layer: Any, prefix: str, packed: dict[str, list[str]], inputs: int, sizes: list[int], dtype: Any) -> None:
     """Give a layer its LoRA, where the adapter may have one for it."""
     from vllm.config import get_current_vllm_config
 
-    additional: Any = get_current_vllm_config().additional_config
-    wanted = additional["slothrl"]
+    wanted = _wanted(get_current_vllm_config())
     leaf = prefix.rpartition(".")[2]
     # Names that a fused layer does not tell: its LoRA stays zero if none of its parts has one.
     names = packed.get(leaf, [leaf] if len(sizes) == 1 else [*wanted["targets"]])
@@ -84,6 +120,11 @@ def _attach(layer: Any, prefix: str, packed: dict[str, list[str]], inputs: int, 
         # Buffers, so that torch.compile takes them for the model's state and not for constants.
         for name in ("a", "b", "ends", "arrived"):
             layer.register_buffer(f"lora_{name}", getattr(lora, name), persistent=False)
+
+
+def _wanted(vllm_config: Any) -> dict[str, Any]:
+    """What the engine asked for: the adapter's rank and targets, and whether there are views."""
+    return vllm_config.additional_config["slothrl"]
 
 
 def _keep_loader(cls: type) -> type:
@@ -125,6 +166,8 @@ def _plain_method() -> type:
 
 @cache
 def _nf4_method() -> type:
+    from vllm.config import get_current_vllm_config
+
     config = _bitsandbytes_config()
 
     class Nf4LoraLinearMethod(_linear_method(config)):
@@ -158,8 +201,15 @@ def _nf4_method() -> type:
             # Plain: vLLM's parameter class answers for another dtype than its bytes have.
             layer.register_buffer("nf4_packed", weight.data, persistent=False)
             Nf4Weight(layer.nf4_packed, absmax, layer.nf4_code, tuple(layer.nf4_shape))  # checks that they fit
+            layer.register_buffer("view", None, persistent=False)
+            vllm_config = get_current_vllm_config()
+            # A view that sleeps is made in memory that can be taken away, by the worker (`vllm_compat.KVOnlyWorker`).
+            if _wanted(vllm_config).get("view") and not vllm_config.model_config.enable_sleep_mode:
+                make_views(layer)
 
         def apply(self, layer, x, bias=None):
+            if layer.view is not None:
+                return F.linear(x, layer.view, bias)
             weight = (layer.nf4_packed, layer.nf4_absmax, layer.nf4_code, layer.nf4_shape, BLOCKSIZE)
             if layer.slothrl_lora is None:
                 operator = torch.ops.slothrl_kernels.nf4_matmul

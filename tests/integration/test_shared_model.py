@@ -33,16 +33,15 @@ def plain_linears(monkeypatch):
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep)
 
 
-def start(folder, quantization, dtype="bfloat16", linear="slothrl", **lora):
+def start(folder, quantization, dtype="bfloat16", linear="slothrl", view=False, **lora):
     """(engine, shared base, PEFT model) over one checkpoint."""
     from slothrl.vllm_engine import VLLMEngine, VLLMOptions
 
     torch.manual_seed(0)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", **lora)
     outline = get_peft_model(empty_model(str(folder), torch.float32), config, low_cpu_mem_usage=True)
-    options = VLLMOptions(
-        str(folder), 128, 8, quantization, dtype=dtype, enforce_eager=True, kv_cache_gb=0.1, linear=linear
-    )
+    more = {"enforce_eager": True, "kv_cache_gb": 0.1, "linear": linear, "view": view}
+    options = VLLMOptions(str(folder), 128, 8, quantization, dtype=dtype, **more)
     empty = empty_model(str(folder), getattr(torch, dtype))
     engine = VLLMEngine(options, lora_shape(outline))
     assert (engine.linear is None) == (linear == "vllm")
@@ -71,6 +70,27 @@ def test_nf4_families(family, tmp_path, smollm3_as_it_was):
 def test_plain_families(family, dtype, tmp_path, plain_linears):
     engine, shared, model = start(make_checkpoint(family, tmp_path), None, dtype)
     check(engine, shared, model, bound=0.1 if dtype == "bfloat16" else 1e-3)
+    engine.close()
+
+
+def test_view_of_an_nf4_base(tmp_path):
+    """Generating from 16-bit weights with the LoRA folded in: close to the policy, and new after every push."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    engine, shared, model = start(make_checkpoint("qwen2", tmp_path), "bitsandbytes", view=True)
+    check(engine, shared, model, bound=0.2)
+    layer = engine.vllm_model.model.layers[0].self_attn.qkv_proj
+    assert layer.view.shape == (256, 128) and layer.view.dtype == torch.bfloat16
+    projection = model.get_base_model().model.layers[0].self_attn.k_proj
+    with torch.no_grad():
+        projection.lora_B["default"].weight.normal_(0, 0.1)
+    engine.push_lora()
+    engine.logprobs(ROWS)
+    state = projection.base_layer.weight.quant_state
+    weight = dequantize_4bit(projection.base_layer.weight.data, state)
+    folded = weight.float() + projection.get_delta_weight("default").float()
+    assert (layer.view[128:192].float() - folded).abs().max() <= 2**-7 * folded.abs().max()
+    assert engine.holdings()["16-bit view"] == 2 * 2 * (256 * 128 + 128 * 128 + 512 * 128 + 128 * 256)
     engine.close()
 
 
