@@ -69,7 +69,7 @@ def packed_attention_reference(
     attention does. It keeps Hq * n * (n + parent's n) probabilities of every segment for the backward.
     """
     _check(q, k, v, layout, window, softcap)
-    scale = q.size(2) ** -0.5 if scale is None else scale
+    factor = q.size(2) ** -0.5 if scale is None else scale
     rows = []
     for i, parent in enumerate(layout.parents):
         mine = slice(layout.starts[i], layout.starts[i + 1])
@@ -80,7 +80,7 @@ def packed_attention_reference(
             positions = torch.cat([layout.position_ids[theirs], positions])
         behind = layout.position_ids[mine, None] - positions  # (n, keys)
         visible = (behind >= 0) & (behind < window) if window is not None else behind >= 0
-        rows.append(_attend(q[mine], keys, values, visible, scale, softcap))
+        rows.append(_attend(q[mine], keys, values, visible, factor, softcap))
     return torch.cat(rows)
 
 
