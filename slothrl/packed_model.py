@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from slothrl_kernels.packed_attention import AttentionImpl, packed_attention
+from slothrl_kernels.attention_choice import AttentionImpl
+from slothrl_kernels.packed_attention import packed_attention
 from slothrl_kernels.packed_layout import PackedLayout
 from torch import Tensor, nn
 from transformers import AttentionInterface

@@ -10,15 +10,15 @@ softcap c (Gemma 2, arXiv:2408.00118) of c tanh(scale q K^T / c).
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from slothrl_kernels.attention_choice import IMPLS, AttentionImpl, choose, refusal
+from slothrl_kernels.attention_dense import dense_attention
+from slothrl_kernels.attention_flash import flash_attention
+from slothrl_kernels.attention_rule import Rule
 from slothrl_kernels.packed_layout import PackedLayout
-
-AttentionImpl = Literal["auto", "torch"]
-IMPLS = ("auto", "torch")
+from slothrl_kernels.switch import HAS_TRITON
 
 
 def packed_attention(
@@ -40,18 +40,48 @@ def packed_attention(
         scale: of q k^T; None: d ** -0.5.
         window: only keys at a position > the query's - window, as transformers' sliding_window; None: all.
         softcap: scores s become softcap * tanh(s / softcap); None: as they are.
-        impl: "auto", or "torch" for the reference.
+        impl: who computes it. "flash": torch's FlashAttention, a shared prefix as a second call; "triton": our kernels;
+            "sdpa": torch's dense attention, cuDNN's where there is one, for segments of one length without parents;
+            "flex": FlexAttention; "torch": the reference. "auto": the reference off CUDA, else the fastest of the first
+            three that serves, measured once a kind of call (`attention_choice.CHOICES`).
 
     Returns:
         (T, Hq, d) in the dtype of q.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit each other or the layout; an unknown impl.
+        ValueError: shapes, dtypes or devices that do not fit each other or the layout; an impl that is unknown or
+            cannot serve, with the reason.
+        RuntimeError: impl="triton" and Triton is not installed.
     """
     _check(q, k, v, layout, window, softcap)
-    if impl not in IMPLS:
-        raise ValueError(f"impl {impl!r} is not one of {', '.join(IMPLS)}")
-    return packed_attention_reference(q, k, v, layout, scale, window, softcap)
+    if impl not in (*IMPLS, "auto"):
+        raise ValueError(f"impl {impl!r} is not one of auto, {', '.join(IMPLS)}")
+    if window is not None and window > layout.max_position:
+        window = None  # it reaches everywhere
+    rule = Rule(q.size(2) ** -0.5 if scale is None else scale, window, softcap)
+    if impl == "auto":
+        leaves = tuple(x.detach().requires_grad_() for x in (q, k, v)) if q.is_cuda else ()
+        fastest = choose(q, k, layout, rule, lambda name: _run(name, *leaves, layout=layout, rule=rule), leaves)
+        return _run(fastest, q, k, v, layout, rule)
+    if (reason := refusal(impl, q, layout, rule)) is not None:
+        raise ValueError(f"impl={impl!r} cannot serve this attention: {reason}")
+    return _run(impl, q, k, v, layout, rule)
+
+
+def _run(impl: str, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, rule: Rule) -> Tensor:
+    if impl == "triton":
+        if not HAS_TRITON:
+            raise RuntimeError("impl='triton' needs Triton; impl='torch' does not")
+        from slothrl_kernels.attention_triton import triton_attention
+
+        return triton_attention(q, k, v, layout, rule)
+    if impl == "torch":
+        return packed_attention_reference(q, k, v, layout, *rule)
+    if impl == "flex":
+        from slothrl_kernels.attention_flex import flex_packed_attention  # brings torch's compiler along
+
+        return flex_packed_attention(q, k, v, layout, rule)
+    return (flash_attention if impl == "flash" else dense_attention)(q, k, v, layout, rule)
 
 
 def packed_attention_reference(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class PackedLayout:
     parents: tuple[int, ...]
     cu_seqlens: Tensor
     position_ids: Tensor
+    _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
@@ -81,6 +83,27 @@ class PackedLayout:
     @cached_property
     def has_parents(self) -> bool:
         return any(p >= 0 for p in self.parents)
+
+    @cached_property
+    def families(self) -> tuple[tuple[int, int, int], ...]:
+        """Of each root with children: where it starts, where its children start, where they end, in tokens."""
+        spans: dict[int, tuple[int, int, int]] = {}
+        for i, parent in enumerate(self.parents):
+            if parent >= 0:
+                spans[parent] = (self.starts[parent], self.starts[parent + 1], self.starts[i + 1])
+        return tuple(spans.values())
+
+    @cached_property
+    def prefix_tokens(self) -> Tensor:
+        """int64, the places of all tokens that children share, family by family."""
+        places = [torch.arange(first, last) for first, last, _ in self.families]
+        return (torch.cat(places) if places else torch.arange(0)).to(self.device)
+
+    def derived(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """make(), once for each key: what a backend works out of the layout serves all layers of a model."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
 
 
 def _check(lengths: tuple[int, ...], parents: tuple[int, ...]) -> None:
