@@ -152,6 +152,17 @@ def attention_query_gradient_kernel(
 
 
 @jit
+def _along_columns(pointer, tokens, last, BLOCK_M: tl.constexpr):
+    """pointer[tokens], 0 from `last` on, each loaded some times over.
+
+    Triton counts a load of fewer elements than threads as cheap, and gives each thread all that its columns need: 16
+    addresses in registers here, which then spill. A load of 512 it does once.
+    """
+    same = tl.zeros([1, 512 // BLOCK_M], tl.int32)
+    return tl.max(tl.load(pointer + tokens[:, None] + same, mask=tokens[:, None] + same < last, other=0), 1)
+
+
+@jit
 def _sum_over_queries(
     dk,
     dv,
@@ -184,12 +195,12 @@ def _sum_over_queries(
         tokens = start + tl.arange(0, BLOCK_M)
         queries = load_tile(q, start, q_token, last, head_size, BLOCK_M, WIDTH, True, EVEN)
         gradients = load_tile(gradient, start, out_token, last, head_size, BLOCK_M, WIDTH, True, EVEN)
-        lses = tl.load(lse + tokens, mask=tokens < last, other=0.0) * 1.4426950408889634
-        deltas = tl.load(delta + tokens, mask=tokens < last, other=0.0)
+        lses = _along_columns(lse, tokens, last, BLOCK_M) * 1.4426950408889634
+        deltas = _along_columns(delta, tokens, last, BLOCK_M)
         scores = score(dot(keys, tl.trans(queries), INTERPRETED), inner, outer, SOFTCAP)
         weights = tl.exp2(scores - lses[None, :])
         if MASKED:
-            query_positions = tl.load(positions + tokens, mask=tokens < last, other=0).to(tl.int32)
+            query_positions = _along_columns(positions, tokens, last, BLOCK_M).to(tl.int32)
             seen = visible(query_positions[None, :], key_positions[:, None], window, WINDOW)
             weights = tl.where(seen, weights, 0.0)
         dv = add_dot(dv, weights.to(gradients.dtype), gradients, INTERPRETED)

@@ -1,4 +1,4 @@
-"""Which tiles the attention kernels run with: sane defaults by head size and shared memory, and measured ones."""
+"""Which tiles the attention kernels run with: sane defaults by head size and card, and measured ones."""
 
 from __future__ import annotations
 
@@ -30,24 +30,28 @@ class AttentionConfig:
     key: AttentionLaunch
 
 
-# By head size padded to a power of two. Data-center cards have 160 KiB of shared memory and more, consumer cards 99.
-_LARGE = {
-    64: AttentionConfig(
-        AttentionLaunch(128, 128, 8, 3), AttentionLaunch(128, 64, 8, 3), AttentionLaunch(64, 128, 8, 3)
-    ),
-    128: AttentionConfig(
-        AttentionLaunch(128, 128, 8, 2), AttentionLaunch(128, 64, 8, 2), AttentionLaunch(64, 128, 8, 2)
-    ),
-    256: AttentionConfig(AttentionLaunch(128, 64, 8, 1), AttentionLaunch(64, 64, 8, 1), AttentionLaunch(32, 64, 8, 1)),
+def _config(*launches: tuple[int, int, int, int]) -> AttentionConfig:
+    return AttentionConfig(*(AttentionLaunch(*launch) for launch in launches))  # pyright: ignore[reportCallIssue]
+
+
+# By head size padded to a power of two; picked by what ptxas spills (Triton 3.6), not yet by time.
+HOPPER = {  # wgmma; more than 160 KiB of shared memory, as on an A100
+    64: _config((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3)),
+    128: _config((128, 128, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
+    256: _config((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
 }
-_SMALL = {
-    64: AttentionConfig(AttentionLaunch(128, 64, 4, 3), AttentionLaunch(64, 64, 4, 2), AttentionLaunch(64, 64, 4, 2)),
-    128: AttentionConfig(AttentionLaunch(64, 64, 4, 2), AttentionLaunch(64, 32, 4, 2), AttentionLaunch(32, 64, 4, 2)),
-    256: AttentionConfig(AttentionLaunch(64, 32, 4, 1), AttentionLaunch(32, 32, 4, 1), AttentionLaunch(32, 32, 4, 1)),
+AMPERE = {
+    64: _config((128, 128, 8, 3), (128, 64, 8, 3), (32, 128, 8, 2)),
+    128: _config((128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)),
+    256: _config((128, 32, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)),
 }
-_TINY, _FLAT = AttentionLaunch(16, 32, 4, 1), AttentionLaunch(32, 32, 4, 1)
-_INTERPRETED = AttentionConfig(_TINY, _TINY, _TINY)
-_FLOAT32 = AttentionConfig(_FLAT, _FLAT, _FLAT)
+CONSUMER = {  # 99 KiB
+    64: _config((128, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 2)),
+    128: _config((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+    256: _config((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+}
+_INTERPRETED = _config((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1))
+_FLOAT32 = _config((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1))
 # (device name, padded head size) -> the winner of a sweep (tests/gpu/bench_packed_attention.py --sweep prints it).
 TUNED: dict[tuple[str, int], AttentionConfig] = {}
 
@@ -58,11 +62,13 @@ def attention_config(device: torch.device, width: int, dtype: torch.dtype) -> At
         return _INTERPRETED
     if dtype == torch.float32:
         return _FLOAT32
-    name, large = _card(device)
-    return TUNED.get((name, width)) or (_LARGE if large else _SMALL)[max(64, width)]
+    name, table = _card(device)
+    return TUNED.get((name, width)) or table[max(64, width)]
 
 
 @cache
-def _card(device: torch.device) -> tuple[str, bool]:
+def _card(device: torch.device) -> tuple[str, dict[int, AttentionConfig]]:
     properties = torch.cuda.get_device_properties(device)
-    return properties.name, properties.shared_memory_per_block_optin >= 160 << 10
+    if properties.shared_memory_per_block_optin < 160 << 10:
+        return properties.name, CONSUMER
+    return properties.name, HOPPER if properties.major >= 9 else AMPERE

@@ -45,9 +45,9 @@ def kernels_and_launches(config):
 
 @pytest.mark.parametrize("name, options", [("forward", {}), ("query", {"WINDOW": True}), ("key", {})])
 def test_on_hopper(name, options):
-    from slothrl_kernels.attention_config import _LARGE
+    from slothrl_kernels.attention_config import HOPPER
 
-    kernel, launch = kernels_and_launches(_LARGE[128])[name]
+    kernel, launch = kernels_and_launches(HOPPER[128])[name]
     made = compiled(kernel, 90, launch, **options)
     assert instructions(made, r"wgmma\.mma_async") > 0 and instructions(made, r"mma\.sync") == 0
     assert made.metadata.shared <= 164 << 10  # an A100's too
@@ -58,9 +58,9 @@ BOTH = {"WINDOW": True, "SOFTCAP": True}
 
 @pytest.mark.parametrize("name, head_size, options", [("forward", 96, BOTH), ("query", 128, {}), ("key", 80, BOTH)])
 def test_on_a_consumer_card(name, head_size, options):
-    from slothrl_kernels.attention_config import _SMALL
+    from slothrl_kernels.attention_config import CONSUMER
 
-    kernel, launch = kernels_and_launches(_SMALL[128])[name]
+    kernel, launch = kernels_and_launches(CONSUMER[128])[name]
     made = compiled(kernel, 80, launch, head_size=head_size, **options)
     assert instructions(made, r"mma\.sync") > 0
     assert made.metadata.shared <= CONSUMER_SHARED_MEMORY
