@@ -189,6 +189,9 @@ def _attention(
         raise ValueError(f"{type(module).__name__} adds {', '.join(unserved)} to its attention")
     if packed_asked is not None:
         packed_asked.append(module)
+    if torch.is_autocast_enabled(query.device.type):  # as it does torch's own attention: RoPE may have promoted q and k
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d): how projections lay them out
     out = packed_attention(q, k, v, packed_layout, scaling, sliding_window, softcap, packed_impl)
     return out[None], None

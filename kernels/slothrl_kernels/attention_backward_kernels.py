@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from slothrl_kernels.attention_tiles import add_dot, dot, load_tile, score, store_tile, through_softcap, visible
+from slothrl_kernels.attention_tiles import add_dot, bend, dot, load_tile, store_tile, unbend, visible
 from slothrl_kernels.switch import HAS_TRITON, jit
 
 if TYPE_CHECKING or HAS_TRITON:
@@ -61,15 +61,14 @@ def _sum_over_keys(
     for start in range(first, last, BLOCK_N):
         keys = load_tile(k, start, k_token, last, head_size, BLOCK_N, WIDTH, MASKED, EVEN)
         values = load_tile(v, start, v_token, last, head_size, BLOCK_N, WIDTH, MASKED, EVEN)
-        scores = score(dot(queries, tl.trans(keys), INTERPRETED), inner, outer, SOFTCAP)
-        weights = tl.exp2(scores - lse[:, None])
+        scores = bend(dot(queries, tl.trans(keys), INTERPRETED), inner, SOFTCAP)
+        weights = tl.exp2(scores * outer - lse[:, None])
         if MASKED:
             tokens = start + tl.arange(0, BLOCK_N)[None, :]
             seen = visible(query_positions[:, None], tokens + shift, window, WINDOW) & (tokens < last)
             weights = tl.where(seen, weights, 0.0)
         slopes = weights * (dot(gradients, tl.trans(values), INTERPRETED) - delta[:, None])
-        if SOFTCAP:
-            slopes = through_softcap(slopes, scores, outer)
+        slopes = unbend(slopes, scores, SOFTCAP)
         total = add_dot(total, slopes.to(keys.dtype), keys, INTERPRETED)
     return total
 
@@ -197,16 +196,15 @@ def _sum_over_queries(
         gradients = load_tile(gradient, start, out_token, last, head_size, BLOCK_M, WIDTH, True, EVEN)
         lses = _along_columns(lse, tokens, last, BLOCK_M) * 1.4426950408889634
         deltas = _along_columns(delta, tokens, last, BLOCK_M)
-        scores = score(dot(keys, tl.trans(queries), INTERPRETED), inner, outer, SOFTCAP)
-        weights = tl.exp2(scores - lses[None, :])
+        scores = bend(dot(keys, tl.trans(queries), INTERPRETED), inner, SOFTCAP)
+        weights = tl.exp2(scores * outer - lses[None, :])
         if MASKED:
             query_positions = _along_columns(positions, tokens, last, BLOCK_M).to(tl.int32)
             seen = visible(query_positions[None, :], key_positions[:, None], window, WINDOW)
             weights = tl.where(seen, weights, 0.0)
         dv = add_dot(dv, weights.to(gradients.dtype), gradients, INTERPRETED)
         slopes = weights * (dot(values, tl.trans(gradients), INTERPRETED) - deltas[None, :])
-        if SOFTCAP:
-            slopes = through_softcap(slopes, scores, outer)
+        slopes = unbend(slopes, scores, SOFTCAP)
         dk = add_dot(dk, slopes.to(queries.dtype), queries, INTERPRETED)
     return dk, dv
 

@@ -51,7 +51,7 @@ CONSUMER = {  # 99 KiB
     256: _config((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
 }
 _INTERPRETED = _config((16, 32, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1))
-_FLOAT32 = _config((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1))
+_FLOAT32 = {128: _config(*[(32, 32, 4, 1)] * 3), 256: _config(*[(16, 16, 4, 1)] * 3)}
 # (device name, padded head size) -> the winner of a sweep (tests/gpu/bench_packed_attention.py --sweep prints it).
 TUNED: dict[tuple[str, int], AttentionConfig] = {}
 
@@ -61,7 +61,7 @@ def attention_config(device: torch.device, width: int, dtype: torch.dtype) -> At
     if device.type != "cuda":
         return _INTERPRETED
     if dtype == torch.float32:
-        return _FLOAT32
+        return _FLOAT32[max(128, width)]
     name, table = _card(device)
     return TUNED.get((name, width)) or table[max(64, width)]
 

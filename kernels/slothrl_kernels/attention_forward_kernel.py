@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from slothrl_kernels.attention_tiles import add_dot, dot, load_tile, score, store_tile, visible
+from slothrl_kernels.attention_tiles import add_dot, bend, dot, load_tile, store_tile, visible
 from slothrl_kernels.switch import HAS_TRITON, jit
 
 if TYPE_CHECKING or HAS_TRITON:
@@ -43,18 +43,18 @@ def _attend(
 ):
     """Keys first..last, at positions token + shift; whole blocks unless MASKED.
 
-    total (BLOCK_M, WIDTH): sum of exp(s - top) v; weight (BLOCK_M,): of exp(s - top); top: the largest s so far.
+    total (BLOCK_M, WIDTH): sum of exp2(s2 - top) v; weight (BLOCK_M,): of exp2(s2 - top); top: the largest s2 so far,
+    s2 = x outer.
     """
     for start in range(first, last, BLOCK_N):
         keys = load_tile(k, start, k_token, last, head_size, BLOCK_N, WIDTH, MASKED, EVEN)
-        scores = score(dot(queries, tl.trans(keys), INTERPRETED), inner, outer, SOFTCAP)
+        scores = bend(dot(queries, tl.trans(keys), INTERPRETED), inner, SOFTCAP)
         if MASKED:
             tokens = start + tl.arange(0, BLOCK_N)[None, :]
             seen = visible(query_positions[:, None], tokens + shift, window, WINDOW) & (tokens < last)
-            # Finite: a row that sees nothing here counts exp2(0) a key until its first real score multiplies that by 0.
-            scores = tl.where(seen, scores, -1.0e38)
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_top[:, None])
+            scores = tl.where(seen, scores, float("-inf"))  # top is finite: a row that sees nothing here adds 0
+        new_top = tl.maximum(top, tl.max(scores, 1) * outer)
+        weights = tl.exp2(scores * outer - new_top[:, None])
         decay = tl.exp2(top - new_top)
         weight = weight * decay + tl.sum(weights, 1)
         values = load_tile(v, start, v_token, last, head_size, BLOCK_N, WIDTH, MASKED, EVEN)

@@ -1,7 +1,8 @@
-"""What the attention kernels share: loading tiles, scores with a softcap, which key a query sees. In base 2 throughout.
+"""What the attention kernels share: loading tiles, scores with a softcap, which key a query sees.
 
-A score is kept as s2 = s log2(e), so that exp(s) is one exp2. Without a softcap s2 = (q k^T) outer with outer = scale
-log2(e); with a softcap c, s2 = tanh((q k^T) inner) outer, inner = scale / c and outer = c log2(e).
+With s a score, exp(s) is exp2(x outer), one fused multiply-add and one exp2. Without a softcap x = q k^T and outer =
+scale log2(e); with a softcap c, x = tanh((q k^T) inner), inner = scale / c and outer = c log2(e). outer is positive, so
+that the largest x gives the largest score.
 """
 
 from __future__ import annotations
@@ -63,20 +64,21 @@ def add_dot(total, a, b, INTERPRETED: tl.constexpr):
 
 
 @jit
-def score(dots, inner, outer, SOFTCAP: tl.constexpr):
-    """q k^T -> s2."""
+def bend(dots, inner, SOFTCAP: tl.constexpr):
+    """q k^T -> x."""
     if SOFTCAP:
-        small = tl.exp2(tl.abs(dots * inner) * -2.8853900817779268)  # exp(-2 |x|): no overflow
+        small = tl.exp2(tl.abs(dots * inner) * -2.8853900817779268)  # exp(-2 |dots inner|): no overflow
         bent = (1.0 - small) / (1.0 + small)
         dots = tl.where(dots < 0, -bent, bent)
-    return dots * outer
+    return dots
 
 
 @jit
-def through_softcap(slopes, scores, outer):
-    """d loss / d s -> d loss / d (scale q k^T): tanh' = 1 - tanh^2, and scores / outer is the tanh."""
-    bent = scores / outer
-    return slopes * (1.0 - bent * bent)
+def unbend(slopes, bent, SOFTCAP: tl.constexpr):
+    """d loss / d s -> d loss / d (scale q k^T): tanh' = 1 - tanh^2."""
+    if SOFTCAP:
+        slopes = slopes * (1.0 - bent * bent)
+    return slopes
 
 
 @jit

@@ -37,7 +37,7 @@ def packed_attention(
         q: (T, Hq, d), k, v: (T, Hkv, d) of one float dtype, with Hq a multiple of Hkv (GQA: head h reads key head
             h // (Hq / Hkv)); positions already turned in (`PackedLayout.position_ids`).
         layout: the T tokens' segments and parents, on the same device.
-        scale: of q k^T; None: d ** -0.5.
+        scale: of q k^T, above 0; None: d ** -0.5.
         window: only keys at a position > the query's - window, as transformers' sliding_window; None: all.
         softcap: scores s become softcap * tanh(s / softcap); None: as they are.
         impl: who computes it. "flash": torch's FlashAttention, a shared prefix as a second call; "triton": our kernels;
@@ -53,7 +53,7 @@ def packed_attention(
             cannot serve, with the reason.
         RuntimeError: impl="triton" and Triton is not installed.
     """
-    _check(q, k, v, layout, window, softcap)
+    _check(q, k, v, layout, scale, window, softcap)
     if impl not in (*IMPLS, "auto"):
         raise ValueError(f"impl {impl!r} is not one of auto, {', '.join(IMPLS)}")
     if window is not None and window > layout.max_position:
@@ -98,7 +98,7 @@ def packed_attention_reference(
     Scores are rounded to the inputs' dtype and the softmax is taken in at least float32, as transformers' eager
     attention does. It keeps Hq * n * (n + parent's n) probabilities of every segment for the backward.
     """
-    _check(q, k, v, layout, window, softcap)
+    _check(q, k, v, layout, scale, window, softcap)
     factor = q.size(2) ** -0.5 if scale is None else scale
     rows = []
     for i, parent in enumerate(layout.parents):
@@ -125,7 +125,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, soft
     return torch.einsum("hgnm,mhd->nhgd", weights, v).flatten(1, 2)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, window: int | None, softcap: float | None) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PackedLayout,
+    scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> None:
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or (q.size(0), q.size(2)) != (k.size(0), k.size(2)):
         raise ValueError(
             f"q (T, Hq, d) and k, v (T, Hkv, d) do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
@@ -138,6 +146,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, window: int | 
         raise ValueError(f"q, k and v must be of one float dtype on one device: {q.dtype}, {k.dtype}, {v.dtype}")
     if q.device != layout.device:
         raise ValueError(f"q is on {q.device}, the layout on {layout.device}")
+    if scale is not None and scale <= 0:
+        raise ValueError(f"scale must be above 0, not {scale}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, not {window}")
     if softcap is not None and softcap <= 0:

@@ -122,6 +122,16 @@ def test_forward_and_backward_belong_inside_the_mode():
         loss.backward()
 
 
+def test_under_autocast():
+    """float32 weights, bfloat16 matmuls: RoPE turns q and k in float32, and attention wants one dtype."""
+    model = make_model(**CASES["llama"])
+    ids, _ = ids_and_weights(64)
+    with torch.no_grad(), packed_mode(model):
+        truth = packed_forward(model, ids, TREE)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert 0 < (packed_forward(model, ids, TREE).float() - truth).norm() / truth.norm() < 5e-2
+
+
 def test_another_model_does_not_notice():
     model, other = make_model(**CASES["llama"]), make_model(**CASES["llama"])
     ids, _ = ids_and_weights(64)

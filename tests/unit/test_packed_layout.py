@@ -123,6 +123,7 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ValueError, match=message):
             packed_attention(*arguments, layout)
     for options, message in [
+        ({"scale": -1.0}, "scale must be above 0"),
         ({"window": 0}, "window must be at least 1"),
         ({"softcap": 0.0}, "softcap must be above 0"),
         ({"impl": "cuda"}, "not one of auto, flash"),
