@@ -23,11 +23,11 @@ def attention_delta_kernel(
     out, gradient, delta, out_token, out_head, tokens, heads, head_size, BLOCK: tl.constexpr, WIDTH: tl.constexpr
 ):
     """delta (Hq, T) from out and its gradient, both (T, Hq, d) of the same strides."""
-    head, first = tl.program_id(0) % heads, tl.program_id(0) // heads * BLOCK
+    head, first = (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads * BLOCK
     rows = first + tl.arange(0, BLOCK)
     a = load_tile(out + head * out_head, first, out_token, tokens, head_size, BLOCK, WIDTH, True, False)
     b = load_tile(gradient + head * out_head, first, out_token, tokens, head_size, BLOCK, WIDTH, True, False)
-    tl.store(delta + head * tokens.to(tl.int64) + rows, tl.sum(a.to(tl.float32) * b.to(tl.float32), 1), rows < tokens)
+    tl.store(delta + head * tokens + rows, tl.sum(a.to(tl.float32) * b.to(tl.float32), 1), rows < tokens)
 
 
 @jit
@@ -109,13 +109,13 @@ def attention_query_gradient_kernel(
     INTERPRETED: tl.constexpr,
 ):
     """dq (T, Hq, d), strides as of the output's gradient; the walk over keys is the forward kernel's."""
-    head = tl.program_id(0) % heads
+    head = (tl.program_id(0) % heads).to(tl.int64)
     block = blocks + tl.program_id(0) // heads * 8
     first, end, own, shift = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
     parent, parent_end = tl.load(block + 4), tl.load(block + 5)
     q, gradient, dq = q + head * q_head, gradient + head * out_head, dq + head * out_head
     k, v = k + head // group * k_head, v + head // group * v_head
-    lse, delta = lse + head * tokens.to(tl.int64), delta + head * tokens.to(tl.int64)
+    lse, delta = lse + head * tokens, delta + head * tokens
     rows = first + tl.arange(0, BLOCK_M)
     queries = load_tile(q, first, q_token, end, head_size, BLOCK_M, WIDTH, True, EVEN)
     gradients = load_tile(gradient, first, out_token, end, head_size, BLOCK_M, WIDTH, True, EVEN)
@@ -256,7 +256,7 @@ def attention_key_gradient_kernel(
     splits: programs that share the `group` query heads of a key head.
     """
     units = heads // group * splits
-    unit = tl.program_id(0) % units
+    unit = (tl.program_id(0) % units).to(tl.int64)
     head, split = unit // splits, unit % splits
     block = blocks + tl.program_id(0) // units * 8
     first, end, shift = tl.load(block), tl.load(block + 1), tl.load(block + 2)
@@ -273,7 +273,7 @@ def attention_key_gradient_kernel(
     for i in range(share):
         query_head = head * group + split * share + i
         q_i, gradient_i = q + query_head * q_head, gradient + query_head * out_head
-        lse_i, delta_i = lse + query_head * tokens.to(tl.int64), delta + query_head * tokens.to(tl.int64)
+        lse_i, delta_i = lse + query_head * tokens, delta + query_head * tokens
         total_k, total_v = _sum_over_queries(
             total_k, total_v, keys, values, key_positions, q_i, gradient_i, lse_i, delta_i, positions, q_token,
             out_token, first_query, tl.minimum(unmasked, last_query), window, inner, outer, head_size, True, WINDOW,
@@ -288,10 +288,10 @@ def attention_key_gradient_kernel(
     total_k *= scale
     count = end - first
     if slot >= 0:
-        place = (slot + split * part_rows.to(tl.int64)) * dk_token + head * dk_head
+        place = (slot + split * part_rows) * dk_token + head * dk_head
         store_tile(dk_parts + place, total_k, 0, dk_token, count, head_size, BLOCK_N, WIDTH)
         store_tile(dv_parts + place, total_v, 0, dk_token, count, head_size, BLOCK_N, WIDTH)
     else:
-        place = (first + split * tokens.to(tl.int64)) * dk_token + head * dk_head
+        place = (first + split * tokens) * dk_token + head * dk_head
         store_tile(dk + place, total_k, 0, dk_token, count, head_size, BLOCK_N, WIDTH)
         store_tile(dv + place, total_v, 0, dk_token, count, head_size, BLOCK_N, WIDTH)

@@ -38,7 +38,7 @@ def flex_packed_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout,
 
 @cache
 def _compiled() -> Any:
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention)
 
 
 def flex_mask(layout: PackedLayout, window: int | None) -> BlockMask:

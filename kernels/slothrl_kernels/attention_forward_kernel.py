@@ -96,11 +96,11 @@ def attention_forward_kernel(
     INTERPRETED: tl.constexpr,
 ):
     """out (T, Hq, d) and lse (Hq, T), natural; `blocks` as `query_blocks` of attention_blocks.py writes them."""
-    head = tl.program_id(0) % heads  # heads of one group side by side: they read the same keys
+    head = (tl.program_id(0) % heads).to(tl.int64)  # heads of one group side by side: they read the same keys
     block = blocks + tl.program_id(0) // heads * 8
     first, end, own, shift = tl.load(block), tl.load(block + 1), tl.load(block + 2), tl.load(block + 3)
     parent, parent_end = tl.load(block + 4), tl.load(block + 5)
-    q, out, lse = q + head * q_head, out + head * out_head, lse + head * tokens.to(tl.int64)
+    q, out, lse = q + head * q_head, out + head * out_head, lse + head * tokens
     k, v = k + head // group * k_head, v + head // group * v_head
     rows = first + tl.arange(0, BLOCK_M)
     queries = load_tile(q, first, q_token, end, head_size, BLOCK_M, WIDTH, True, EVEN)

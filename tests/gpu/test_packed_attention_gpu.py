@@ -206,4 +206,4 @@ def test_a_model_over_a_pack(impl):
     plain.load_state_dict(model.float().state_dict())
     with torch.no_grad(), packed_mode(plain):
         truth = packed_forward(plain, ids, layout, impl="torch")
-    assert (hidden.float() - truth).norm() / truth.norm() < 2e-2
+    assert (hidden.float() - truth).norm() / truth.norm() < 3e-2
