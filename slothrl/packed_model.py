@@ -129,11 +129,12 @@ def _try_packing(model: nn.Module) -> str | None:
         return (
             f"{len(asked)} of {layers} layers of {type(base).__name__} ask transformers' registry for their attention"
         )
-    tolerance = 1e-3 if packed.dtype in (torch.float32, torch.float64) else 5e-2
+    # 16 bits: what rounding adds up to over many layers, and LLM.int8's outliers, which it finds over the whole batch.
+    tolerance = 1e-3 if packed.dtype in (torch.float32, torch.float64) else 0.1
     if (error := _distance(packed, wanted)) > tolerance:
         return f"{type(base).__name__} computes something else over a pack than row by row (off by {error:.0%})"
     others = torch.tensor([i for i in range(layout.tokens) if not 3 <= i < 7], device=device)
-    if (error := _distance(sibling_changed[others], packed[others])) > tolerance / 10:
+    if (error := _distance(sibling_changed[others], packed[others])) > tolerance / 2:
         return f"in {type(base).__name__} sequences of a pack see each other (off by {error:.0%})"
     return None
 

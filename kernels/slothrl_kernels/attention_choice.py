@@ -62,9 +62,7 @@ def _refusal_of_flash(q: Tensor, layout: PackedLayout, rule: Rule) -> str | None
     return "its window cannot reach across a prefix" if rule.window is not None and layout.has_parents else None
 
 
-def choose(
-    q: Tensor, k: Tensor, layout: PackedLayout, rule: Rule, run: Callable[[str], Tensor], wanted: tuple[Tensor, ...]
-) -> str:
+def choose(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, rule: Rule, run: Callable[..., Tensor]) -> str:
     """The backend for impl="auto": the reference off CUDA, else the fastest candidate that serves.
 
     Each kind of call is measured once a process, forward and backward on the tensors at hand, and remembered: GPU,
@@ -72,8 +70,7 @@ def choose(
     captures or torch.compile traces, and where only one serves, nothing is measured.
 
     Args:
-        run: impl -> the output of packed_attention by it, of leaves in `wanted`.
-        wanted: the leaves, q, k and v detached.
+        run: (impl, q, k, v, layout, rule) -> the output of `packed_attention` by that backend.
     """
     if not q.is_cuda:
         return "torch"
@@ -88,7 +85,8 @@ def choose(
     if key not in CHOICES:
         if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
             return serving[0]
-        CHOICES[key] = _measure(serving, run, wanted)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]  # the same memory
+        CHOICES[key] = _measure(serving, lambda impl: run(impl, *leaves, layout, rule), leaves)
     return CHOICES[key].impl
 
 
@@ -100,27 +98,32 @@ def _kind(q: Tensor, k: Tensor, layout: PackedLayout, rule: Rule) -> tuple:
     return (name, q.dtype, q.size(2), q.size(1), k.size(1), *features, *((n - 1).bit_length() for n in sizes))
 
 
-def _measure(serving: list[str], run: Callable[[str], Tensor], wanted: tuple[Tensor, ...]) -> Choice:
+def _measure(serving: list[str], run: Callable[[str], Tensor], leaves: list[Tensor]) -> Choice:
     """Time each candidate; one that fails, out of memory above all, is out, with its error beside the others' times."""
     measured: dict[str, float | str] = {}
     for impl in serving:
         try:
-            measured[impl] = _milliseconds(lambda impl=impl: run(impl), wanted)
+            measured[impl] = _milliseconds(lambda impl=impl: run(impl), leaves)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             measured[impl] = str(error).splitlines()[0]
     times = {impl: taken for impl, taken in measured.items() if isinstance(taken, float)}
     return Choice(min(times, key=lambda impl: times[impl]) if times else serving[0], measured)
 
 
-def _milliseconds(call: Callable[[], Tensor], wanted: tuple[Tensor, ...], repeats: int = 3) -> float:
+def _milliseconds(call: Callable[[], Tensor], leaves: list[Tensor], repeats: int = 3) -> float:
     """The fastest of some forwards and backwards, after one that compiles."""
+
+    def same(tensor: Tensor) -> Tensor:
+        return tensor
+
     taken = []
     for _ in range(repeats + 1):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        with torch.enable_grad():
+        # A checkpointed layer calls this too, and would take the backward here for its own and run itself again.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(same, same):
             out = call()
-            torch.autograd.grad(out, wanted, out.detach())
+            torch.autograd.grad(out, leaves, out.detach())
         end.record()
         end.synchronize()
         taken.append(start.elapsed_time(end))

@@ -60,8 +60,8 @@ def packed_attention(
         window = None  # it reaches everywhere
     rule = Rule(q.size(2) ** -0.5 if scale is None else scale, window, softcap)
     if impl == "auto":
-        leaves = tuple(x.detach().requires_grad_() for x in (q, k, v)) if q.is_cuda else ()
-        fastest = choose(q, k, layout, rule, lambda name: _run(name, *leaves, layout=layout, rule=rule), leaves)
+        kind = ("choice", q.device, q.dtype, q.size(1), k.size(1), q.size(2), rule)
+        fastest = layout.derived(kind, lambda: choose(q, k, v, layout, rule, _run))  # once for all layers
         return _run(fastest, q, k, v, layout, rule)
     if (reason := refusal(impl, q, layout, rule)) is not None:
         raise ValueError(f"impl={impl!r} cannot serve this attention: {reason}")
