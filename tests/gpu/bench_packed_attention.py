@@ -2,7 +2,7 @@
 
     python tests/gpu/bench_packed_attention.py            # flash, triton, sdpa: about 50 s, most of it compiling
     python tests/gpu/bench_packed_attention.py --flex     # FlexAttention too, which compiles for a minute more
-    python tests/gpu/bench_packed_attention.py --sweep    # launches of our kernels, lines for attention_config.TUNED
+    python tests/gpu/bench_packed_attention.py --sweep    # launches of our kernels, about 2 minutes; lines for attention_config.TUNED
 
 TFLOP/s count what the layout needs: 4 d a head for each query and key that it sees, and 10 d in the backward.
 "Dense" is torch's scaled_dot_product_attention on rows of their own, prompts repeated, by the fastest of its backends;
@@ -130,7 +130,7 @@ def sweep() -> None:
     from slothrl_kernels import attention_triton as ours
     from slothrl_kernels.attention_config import AttentionLaunch, attention_config
 
-    layout, rule = PackedLayout.build(*tree(2, 512, 4, 1024), device="cuda"), None
+    layout = PackedLayout.build(*tree(2, 512, 4, 1024), device="cuda")
     for heads, keys, head_size in HEADS.values():
         rule = Rule(head_size**-0.5)
         config = attention_config(torch.device("cuda", 0), head_size, torch.bfloat16)
