@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 from slothrl.logprobs import _base_model
 
 NAME = "slothrl_packed"
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout")  # one thing by three names
 # What some layers add to their scores and packed_attention does not know: sinks, learned biases, chosen keys.
 _NOT_SERVED = ("s_aux", "position_bias", "indices", "block_indices")
 
@@ -95,6 +96,9 @@ def supports_packing(model: nn.Module) -> str | None:
     without attention (Mamba, linear attention), attention that does not ask the registry, sinks and biases that
     `packed_attention` does not know. Dropout is off meanwhile; nothing of the model is changed.
     """
+    config = _base_model(model).config.get_text_config()
+    if found := [f"{name}={value}" for name in _DROPOUTS if (value := getattr(config, name, None))]:
+        return f"packed attention has no dropout, and the model's config says {found[0]}"
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -155,8 +159,8 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def _check_mode(base: nn.Module) -> None:
-    if any(config._attn_implementation != NAME for config in _configs(base)):
+def _check_mode(base: Any) -> None:
+    if getattr(base, base.base_model_prefix).config._attn_implementation != NAME:
         raise RuntimeError("packed_forward and the backward that follows it must run inside packed_mode(model)")
 
 

@@ -2,7 +2,7 @@
 
     python tests/gpu/bench_packed_attention.py            # flash, triton, sdpa: about 50 s, most of it compiling
     python tests/gpu/bench_packed_attention.py --flex     # FlexAttention too, which compiles for a minute more
-    python tests/gpu/bench_packed_attention.py --sweep    # launches of our kernels for attention_config.TUNED, 2 minutes
+    python tests/gpu/bench_packed_attention.py --sweep    # launches for attention_config.TUNED, about 2 minutes
 
 TFLOP/s count what the layout needs: 4 d a head for each query and key that it sees, and 10 d in the backward.
 "Dense" is torch's scaled_dot_product_attention on rows of their own, prompts repeated, by the fastest of its backends;

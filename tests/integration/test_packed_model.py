@@ -152,6 +152,7 @@ REFUSED = {
     "bloom": ({"hidden_size": 64}, "0 of 2 layers"),
     "mamba": ({}, "0 of 2 layers"),
     "qwen3_next": ({"layer_types": ["linear_attention", "full_attention"]}, "1 of 2 layers"),
+    "gpt2": ({"attn_pdrop": 0.1}, "says attn_pdrop=0.1"),
     "gpt_oss": ({"num_local_experts": 2, "num_experts_per_tok": 1, "layer_types": None}, "adds s_aux"),
 }
 
