@@ -8,6 +8,8 @@ from slothrl_kernels.nf4_dequantize import nf4_dequantize, nf4_dequantize_refere
 from slothrl_kernels.nf4_lora import LoraDelta, nf4_lora_matmul, nf4_lora_matmul_reference
 from slothrl_kernels.nf4_matmul import nf4_matmul, nf4_matmul_reference
 from slothrl_kernels.nf4_weight import NestedAbsmax, Nf4Weight
+from slothrl_kernels.packed_attention import packed_attention, packed_attention_reference
+from slothrl_kernels.packed_layout import PackedLayout
 from slothrl_kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from slothrl_kernels.rope import rope, rope_reference
 from slothrl_kernels.selective_log_softmax import (
@@ -24,6 +26,7 @@ __all__ = [
     "LoraDelta",
     "NestedAbsmax",
     "Nf4Weight",
+    "PackedLayout",
     "add_rms_norm",
     "add_rms_norm_reference",
     "glu",
@@ -34,6 +37,8 @@ __all__ = [
     "nf4_lora_matmul_reference",
     "nf4_matmul",
     "nf4_matmul_reference",
+    "packed_attention",
+    "packed_attention_reference",
     "rms_norm",
     "rms_norm_reference",
     "rope",
