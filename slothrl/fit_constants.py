@@ -18,10 +18,12 @@ TABLE: dict[str, tuple[float, str]] = {
     "fragmentation": (0.04, "assumed"),
     # vLLM beside weights, LoRA buffers, cache and graphs: its own buffers and workspaces, asleep.
     "vllm": (
-        0.50e9,
-        "tests/gpu/results/shared_base.md, 8B: 7,452 MB asleep - 6,028 base - 172 LoRA - 86 LoRA in vLLM = 1,166 MB,"
-        " less `context` and `workspace`",
+        0.20e9,
+        "fitted with `vllm_matrices` to tests/gpu/results/shared_base.md: SmolLM2-135M 1,150 MB and Llama-3-8B's shape"
+        " 7,452 MB in use asleep, less what is counted otherwise",
     ),
+    # How many of the model's largest matrix, unpacked, that grows by.
+    "vllm_matrices": (2, "see `vllm`"),
     # CUDA graphs of vLLM's decode, by layer: none with rollout.enforce_eager.
     "graphs_per_layer": (8e6, "assumed: 0.25 GB for 32 layers"),
     # Tokens of vLLM's largest prefill, for which it sets memory aside when it sizes its cache.

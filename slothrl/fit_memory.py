@@ -110,11 +110,12 @@ def held(shape: Shape, settings: Settings) -> dict[str, int]:
     return parts
 
 
-def outside_torch(settings: Settings) -> int:
-    """CUDA's context, cuBLAS' workspace and vLLM's own buffers."""
+def around(shape: Shape, settings: Settings) -> int:
+    """CUDA's context, cuBLAS' workspace and vLLM's own buffers: `vllm` + `vllm_matrices` x the largest matrix."""
     if not settings.cuda:
         return 0
-    return int(constant("context") + constant("workspace") + (constant("vllm") if settings.uses_vllm else 0))
+    vllm = constant("vllm") + constant("vllm_matrices") * settings.width * shape.largest
+    return int(constant("context") + constant("workspace") + (vllm if settings.uses_vllm else 0))
 
 
 def update(shape: Shape, settings: Settings, total: int) -> PhasePrediction:
@@ -124,7 +125,7 @@ def update(shape: Shape, settings: Settings, total: int) -> PhasePrediction:
     if settings.uses_vllm and not (settings.sleep and settings.cuda):
         parts[CACHE] = cache(shape, settings, total)
     parts[TEMPORARY] = activations(shape, settings)
-    parts[REST] = outside_torch(settings)
+    parts[REST] = around(shape, settings)
     if settings.cuda:  # of what torch allocates: vLLM's cache comes from elsewhere
         parts[REST] += int(constant("fragmentation") * allocated(parts))
     return PhasePrediction("update", parts)
@@ -152,7 +153,7 @@ def rollout(shape: Shape, settings: Settings, total: int) -> PhasePrediction:
         parts[CACHE] = settings.sequences * settings.length * cache_bytes_per_token(shape, settings.width)
         whole = generate_bytes(shape, settings.sequences, settings.length, settings.width)
         parts[TEMPORARY] = whole - parts[CACHE]
-    parts[REST] = outside_torch(settings)
+    parts[REST] = around(shape, settings)
     return PhasePrediction("rollout", parts)
 
 
@@ -173,7 +174,7 @@ def share_left(shape: Shape, settings: Settings, total: int) -> int:
     if not settings.cuda:
         return GIB
     parts = held(shape, settings)
-    own = parts[BASE] + parts[VLLM_ADAPTER] + _prefill(shape, settings) + outside_torch(settings)
+    own = parts[BASE] + parts[VLLM_ADAPTER] + _prefill(shape, settings) + around(shape, settings)
     return int(settings.utilization * total) - own
 
 

@@ -19,7 +19,7 @@ from slothrl.fit_shape import Shape, shape_of
 from tests.gpu.bench_tools import case as guarded
 from tests.gpu.bench_tools import failures
 from tests.gpu.fit_models import TINY, config_of
-from tests.gpu.fit_steps import LORA, Case, Measured, run_case
+from tests.gpu.fit_steps import Case, Measured, lora, run_case
 
 CASES = [
     Case("grpo", "Qwen2.5-0.5B", 8, 256, 256),
@@ -39,7 +39,7 @@ CASES = [
 
 def shape(config) -> Shape:
     with init_empty_weights():
-        return shape_of(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), LORA)
+        return shape_of(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), lora())
 
 
 def context_bytes() -> int:

@@ -15,7 +15,7 @@ import torch
 from slothrl.compose import compose_config
 from slothrl.fit_config import settings_of
 from slothrl.fit_constants import card_bytes
-from slothrl.fit_memory import GRAPHS, VLLM_ADAPTER, held, outside_torch, predict
+from slothrl.fit_memory import GRAPHS, VLLM_ADAPTER, around, held, predict
 from slothrl.memory_phases import BASE
 from tests.gpu.bench_fit import shape
 from tests.gpu.fit_models import PRESETS, TINY, config_of
@@ -32,7 +32,7 @@ def measure(preset: str, cpu: bool) -> str:
     counted, card = shape(model), card_bytes(config.gpu.memory_gb)
     parts = held(counted, settings)
     # The base here is doubly quantised, as transformers makes it; vLLM's scales take a little more.
-    elsewhere = outside_torch(settings) + parts[VLLM_ADAPTER] + parts.get(GRAPHS, 0)
+    elsewhere = around(counted, settings) + parts[VLLM_ADAPTER] + parts.get(GRAPHS, 0)
     expanded = parts[BASE] - held(counted, Case("sft", "", 1, 0, 1).settings())[BASE]
     cap = card - elsewhere - expanded
     case = Case("grpo", PRESETS[preset], settings.rows, 512, 1024)

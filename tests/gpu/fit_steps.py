@@ -22,8 +22,12 @@ from slothrl.trainers.sft import SFTTrainer
 from tests.gpu.fit_models import random_nf4
 from tests.helpers import tiny_tokenizer
 
-LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def lora() -> LoraConfig:
+    """A new one each time: PEFT writes the first model's layers into it."""
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ def _grpo(case: Case, model: Any, folder: str, cuda: bool, steps: int) -> GRPOTr
         args=args,
         train_dataset=rows,
         processing_class=tokenizer,
-        peft_config=LORA,
+        peft_config=lora(),
     )
     trainer.attach(Scripted())
     return trainer
@@ -166,5 +170,5 @@ def _sft(case: Case, model: Any, folder: str, cuda: bool, steps: int) -> SFTTrai
         args=args,
         train_dataset=rows,
         processing_class=tiny_tokenizer(chat_template=False),
-        peft_config=LORA,
+        peft_config=lora(),
     )
