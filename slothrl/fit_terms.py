@@ -14,7 +14,8 @@ from slothrl.errors import UserError
 from slothrl.fit_shape import Shape
 
 LOGPROB_CHUNK = 1024  # tokens whose logits exist at once: `slothrl.logprobs.selective_logprobs`
-TRL_TILE = (4096, 8192)  # tokens x vocabulary entries: TRL 1.16, trl/kernels/chunked_logprob.py
+CAPPED_TILE = 28  # bytes a logit: seven float32 or their like, traced (tests/unit/test_fit.py)
+TRL_TILE = (4096, 32768)  # tokens x vocabulary entries: TRL 1.16, kernels/chunked_logprob.py and trainer/utils.py
 
 
 # --- what is there all the time ---------------------------------------------------------------------------------------
@@ -167,16 +168,16 @@ def head_bytes(shape: Shape, batch: MicroBatch, width: int, trainer: str) -> int
     """What the head takes at the end of the forward.
 
     GRPO: the hidden states of N tokens and their gradients, 2 e h N, and tiles of logits, e V x 1,024 tokens each: one,
-    or two where there is more than one (the next is made before the last one is dropped). With capped logits a tile is
-    float32, and four of its size are alive. SFT (TRL's fused head): one tile of 4,096 x 8,192, and 4 h N for
-    the gradient in float32.
+    or two where there is more than one (the next is made before the last one is dropped). With capped logits plain
+    torch runs over a tile, and `CAPPED_TILE` bytes a logit are alive in its backward. SFT (TRL's fused head): one tile
+    of `TRL_TILE`, the hidden states, e h N, and their gradient in float32, 4 h N.
     """
     if trainer == "sft":
         rows, columns = min(batch.kept, TRL_TILE[0]), min(shape.vocabulary, TRL_TILE[1])
         return rows * columns * width + (4 + width) * shape.hidden * batch.kept
     tile = min(batch.kept, LOGPROB_CHUNK) * shape.vocabulary
     tiles = 1 if batch.kept <= LOGPROB_CHUNK else 2
-    logits = tile * (width + 4 * 4) if shape.softcap else tiles * tile * width
+    logits = tile * CAPPED_TILE if shape.softcap else tiles * tile * width
     return 2 * width * shape.hidden * batch.kept + logits
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from slothrl.compose import compose_config
@@ -17,6 +18,7 @@ from slothrl.fit_memory import Settings, around, fits, held, needed_cache, predi
 from slothrl.fit_search import largest, largest_batch, longest_context, smaller
 from slothrl.fit_shape import Shape, shape_of
 from slothrl.fit_terms import (
+    CAPPED_TILE,
     MicroBatch,
     activation_peak,
     adapter_bytes,
@@ -27,12 +29,13 @@ from slothrl.fit_terms import (
     optimizer_bytes,
     vllm_adapter_bytes,
 )
+from slothrl.logprobs import HeadSpec, selective_logprobs
 from slothrl.memory import measure
 from slothrl.models import ModelPlan, load_model
 from tests.families import make_checkpoint
 from tests.gpu.fit_models import PRESETS, TINY, config_of
 from tests.gpu.fit_steps import Case, run_case
-from tests.traced import traced_peak
+from tests.traced import LiveBytes, traced_peak
 
 LORA = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -175,7 +178,21 @@ def test_the_head(llama):
     assert (head_bytes(small, batch, 2, "grpo") - hidden) / 2**20 == pytest.approx(625, rel=0.01)
     one_tile = MicroBatch(512, 512, 0)
     assert head_bytes(small, one_tile, 2, "grpo") == 512 * (2 * 151936 + 2 * 2 * 2048)
-    assert head_bytes(small, batch, 2, "sft") == 4096 * 8192 * 2 + 6 * 2048 * 8192
+    assert head_bytes(small, batch, 2, "sft") == 4096 * 32768 * 2 + 6 * 2048 * 8192
+
+
+def test_the_head_under_a_cap():
+    """Gemma 2's logits, traced through `selective_logprobs` without contents."""
+    rows, vocabulary, width = 64, 32_000, 16
+    with FakeTensorMode():
+        weight, labels = torch.empty(vocabulary, width, dtype=torch.bfloat16), torch.zeros(rows, dtype=torch.long)
+        hidden = torch.empty(rows, width, dtype=torch.bfloat16, requires_grad=True)
+        with LiveBytes() as counter:
+            for tensor in (weight, labels, hidden):
+                counter.ignore(tensor)
+            logprobs, _ = selective_logprobs(hidden, labels, HeadSpec(weight, softcap=30.0))
+            logprobs.sum().backward()
+    assert counter.peak == pytest.approx(rows * vocabulary * CAPPED_TILE, rel=0.02)
 
 
 def test_terms_grow_as_they_should(llama):
