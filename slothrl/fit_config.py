@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from slothrl.checks import gpu_memory_gb, set_fields
+from slothrl.checks import detect_gpu, gpu_memory_gb, set_fields
 from slothrl.config import Config
 from slothrl.fit_constants import GIB, card_bytes
 from slothrl.fit_memory import Settings
@@ -76,13 +76,19 @@ def settings_of(
         sequences=sequences,
         checkpointing=bool(value(config, "gradient_checkpointing")),
         optimizer=str(value(config, "optim") or DEFAULT_OPTIMIZER),
-        shared=rollout.share_base != "never" and quantization != "int8",
+        shared=rollout.share_base != "never" and quantization != "int8" and _one_dtype(config),
         sleep=rollout.sleep,
         utilization=rollout.gpu_memory_utilization,
         cache=None if rollout.kv_cache_gb is None else int(rollout.kv_cache_gb * GIB),
         graphs=not rollout.enforce_eager,
         cuda=cuda,
     )
+
+
+def _one_dtype(config: Config) -> bool:
+    """Whether vLLM computes in the trainer's dtype: two dtypes are two bases."""
+    own = config.model.dtype if config.model.dtype != "auto" else "bfloat16"
+    return config.gpu.device != "cuda" or config.rollout.dtype in ("auto", own)
 
 
 def value(config: Config, name: str) -> Any:
@@ -92,15 +98,14 @@ def value(config: Config, name: str) -> Any:
 
 
 def device_bytes(config: Config) -> int:
-    """The bytes a run may have: of this device where it is the preset's, else of a card of that name; for a CPU of
-    this machine."""
+    """The bytes a run may have: of the card here where the preset is the one it would get, else of a card of the
+    preset's name; without a GPU of this machine."""
     if config.gpu.device != "cuda":
         return _machine_bytes()
-    named, here = config.gpu.memory_gb, gpu_memory_gb()
-    if here is not None and (named is None or here >= named):
-        # A larger card than the preset's name counts as what it is.
+    here = gpu_memory_gb()
+    if here is not None and config.gpu.name == detect_gpu():
         return int(here * 1e9)
-    return card_bytes(named or 24)
+    return card_bytes(config.gpu.memory_gb or 24)
 
 
 def _machine_bytes() -> int:

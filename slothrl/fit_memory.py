@@ -95,12 +95,12 @@ class PhasePrediction:
 
 def held(shape: Shape, settings: Settings) -> dict[str, int]:
     """What is there in every phase, the cache aside."""
-    quantized = settings.quantization
-    # vLLM keeps expanded scales, transformers doubly quantised ones.
-    base = base_bytes(shape, quantized, settings.width, double=not settings.uses_vllm)
-    parts = {BASE: base}
-    if settings.uses_vllm and not settings.shared:
-        parts[COPY] = base_bytes(shape, quantized, settings.width)
+    parts = {BASE: base_bytes(shape, settings.quantization, settings.width)}
+    if settings.uses_vllm:
+        # vLLM keeps expanded scales, transformers doubly quantised ones; LLM.int8 it has not at all.
+        kept = "none" if settings.quantization == "int8" else settings.quantization
+        own = base_bytes(shape, kept, settings.width, double=False)
+        parts = {BASE: own} if settings.shared else {BASE: own, COPY: parts[BASE]}
     parts[ADAPTER] = adapter_bytes(shape)
     parts[OPTIMIZER] = optimizer_bytes(shape, settings.optimizer)
     if settings.uses_vllm:

@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 
 from slothrl.__main__ import main
+from slothrl.checks import gpu_memory_gb
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(gpu_memory_gb() is not None, reason="the cards asked about are not the one that is here"),
+]
 REWARD = "def letters(completions, **_):\n    return [len(set(str(text))) / 10 for text in completions]\n"
 
 

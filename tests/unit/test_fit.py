@@ -207,6 +207,8 @@ def test_terms_grow_as_they_should(llama):
     copy = base_bytes(llama, "nf4", 2)
     assert update(shared=False) - update() == pytest.approx(copy * (1 + constant("fragmentation")), abs=2)
     assert update(graphs=False) < update()
+    whole = held(llama, replace(settings, quantization="int8", shared=False))
+    assert whole["base"] == 2 * llama.parameters and 0.5 < whole["base, the trainer's own"] / whole["base"] < 0.6
     # Twice the tokens: less than twice the memory, since weights are there once.
     assert update() < update(rows=8) < 2 * update()
     rollout = predict(llama, settings, total)[0].parts
