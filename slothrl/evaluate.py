@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,7 @@ def held_out(
     score: Reward,
     sampling: Sampling,
     template: Mapping[str, Any] | None = None,
+    watch: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> HeldOut:
     """Complete every row once and score it.
 
@@ -55,10 +57,12 @@ def held_out(
         rows: each with `prompt` and the columns that the function reads.
         sampling: how; `temperature=0` is greedy, and the score then pass@1 where it is 0 or 1.
         template: keywords for the chat template.
+        watch: makes what is around the engine's call, such as a deadline.
     """
     prompts = [row["prompt"] for row in rows]
     prompt_ids = prompt_token_ids(tokenizer, prompts, template)
-    rollout = engine.generate(prompt_ids, sampling)
+    with watch():
+        rollout = engine.generate(prompt_ids, sampling)
     texts = tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
     chat = isinstance(prompts[0], list)
     completions = [[{"role": "assistant", "content": text}] for text in texts] if chat else texts

@@ -17,7 +17,15 @@ _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate me
 
 
 class OutOfMemoryFault(FaultError):  # noqa: N818 - the house word for what ends a run
-    """The device or the machine had no memory left."""
+    """The device or the machine had no memory left.
+
+    Attributes:
+        phase: in which it happened (`slothrl.phases`).
+    """
+
+    def __init__(self, message: str, phase: str):
+        super().__init__(message)
+        self.phase = phase
 
 
 class EngineFault(FaultError):  # noqa: N818
@@ -41,7 +49,7 @@ def explained(error: BaseException, trainer: Any, engine: str, advice: str) -> F
         return DiskFullError(f"disk full while writing {error.filename or 'the logs'}: free some space\n{advice}")
     phase = trainer.phases.current
     if out_of_memory(error):
-        return OutOfMemoryFault(f"{_memory_report(error, trainer, engine, phase)}\n{advice}")
+        return OutOfMemoryFault(f"{_memory_report(error, trainer, engine, phase)}\n{advice}", phase)
     if phase == ROLLOUT and engine != "transformers":
         return EngineFault(f"the engine ({engine}) failed: {type(error).__name__}: {_first_line(error)}\n{advice}")
     return None

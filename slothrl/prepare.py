@@ -58,11 +58,12 @@ class Prepared:
         return [ids[-64:] for ids in rows if len(ids) > 1]
 
 
-def prepare(config: Config, output_dir: Path | None = None) -> Prepared:
+def prepare(config: Config, output_dir: Path | None = None, engine: EngineChoice | None = None) -> Prepared:
     """Load rewards, data and tokenizer, and settle the model and the engine.
 
     Args:
         output_dir: where a reward function's failure is written down; None: nowhere.
+        engine: settled already; None: what can run here.
 
     Raises:
         UserError: with the knob that mends it; `ConfigError` with several.
@@ -84,7 +85,8 @@ def prepare(config: Config, output_dir: Path | None = None) -> Prepared:
     score = open_score(config.reward, rewards, output_dir) if eval_rows else None
     if not sft:
         self_test(rewards, rows_of(train.select(range(min(4, len(train))))))
-    engine = choose_engine("transformers" if sft else config.rollout.engine, config.gpu.device)
+    if engine is None:
+        engine = choose_engine("transformers" if sft else config.rollout.engine, config.gpu.device)
     return Prepared(
         config=config,
         rewards=rewards,

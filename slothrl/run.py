@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from slothrl.checkpoint import set_aside, sweep
+from slothrl.checkpoint import checkpoints, set_aside, sweep
 from slothrl.config import Config
 from slothrl.engine import Engine
 from slothrl.fingerprint import fingerprint, settings
@@ -25,7 +25,7 @@ from slothrl.reward_workers import closing_workers
 from slothrl.rollout import Base, attach_engine, open_base
 from slothrl.run_lock import only_writer
 from slothrl.run_report import REPORT_HTML, reported
-from slothrl.scoring import headline, metric_name, score_policy
+from slothrl.scoring import headline, metric_name, score_policy, watched
 from slothrl.training import train
 
 
@@ -84,11 +84,11 @@ def _run(
         base = open_base(prepared, arguments)
         trainer, engine = _start(prepared, arguments, base, output_dir, console)
         trainer.made_of, trainer.settings = made_of, settings(prepared)
-        before = _first_score(prepared, trainer, engine, output_dir, resumed=point is not None)
-        _say_score(console, prepared, "before", before)
         command = resume_command(overrides, output_dir)
+        before = _first_score(prepared, trainer, engine, output_dir, command, resumed=point is not None)
+        _say_score(console, prepared, "before", before)
         train_seconds = train(trainer, prepared, output_dir, point, console, interrupts, command)
-        after = None if interrupts.number else _score(prepared, trainer, engine, output_dir)
+        after = None if interrupts.number else _score(prepared, trainer, engine, output_dir, command)
         summary = Summary(
             output_dir=str(output_dir),
             metric=metric_name(prepared),
@@ -179,19 +179,22 @@ def _prompt_note(prepared: Prepared) -> str:
 # --- scoring -------------------------------------------------------------------------------------------------------
 
 
-def _first_score(prepared: Prepared, trainer, engine: Engine, output_dir: Path, resumed: bool) -> float | None:
+def _first_score(
+    prepared: Prepared, trainer, engine: Engine, output_dir: Path, command: str, resumed: bool
+) -> float | None:
     """The score before training; a resumed run takes it from where the first part wrote it."""
     path = output_dir / "held_out_before.json"
     if resumed and path.exists():
         return read_json(path)["value"]
-    value = _score(prepared, trainer, engine, output_dir)
+    value = _score(prepared, trainer, engine, output_dir, command)
     write_json(path, {"metric": metric_name(prepared), "value": value})
     return value
 
 
-def _score(prepared: Prepared, trainer, engine: Engine, output_dir: Path) -> float | None:
+def _score(prepared: Prepared, trainer, engine: Engine, output_dir: Path, command: str) -> float | None:
     """The held-out score of the policy as it is now; what was measured goes to held_out.jsonl."""
-    records = score_policy(prepared, trainer, engine)
+    advice = f"go on with: {command}" if checkpoints(output_dir) else "nothing is trained yet: start it again"
+    records = score_policy(prepared, trainer, engine, watched(prepared, output_dir, advice))
     for record in records:
         append_jsonl(output_dir / "held_out.jsonl", record)
     return headline(records)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from slothrl.engine import Engine, Sampling
 from slothrl.evaluate import HeldOut, held_out
 from slothrl.prepare import Prepared
 from slothrl.report import last_text
+from slothrl.watchdog import deadline
 
 
 def metric_name(prepared: Prepared) -> str | None:
@@ -20,8 +24,25 @@ def metric_name(prepared: Prepared) -> str | None:
     return "eval_loss" if prepared.eval_loss is not None else None
 
 
-def score_policy(prepared: Prepared, trainer: Any, engine: Engine) -> list[dict[str, Any]]:
+Watch = Callable[[], AbstractContextManager[Any]]
+
+
+def watched(prepared: Prepared, folder: Path, advice: str) -> Watch:
+    """A deadline of `rollout.timeout` around each of the engine's calls (`slothrl.watchdog.deadline`).
+
+    Args:
+        folder: where every thread's stack goes.
+        advice: the message's end.
+    """
+    seconds = prepared.config.rollout.timeout
+    return lambda: deadline(seconds, "a rollout for the held-out score", folder, advice)
+
+
+def score_policy(prepared: Prepared, trainer: Any, engine: Engine, watch: Watch = nullcontext) -> list[dict[str, Any]]:
     """Measure the policy on the held-out rows.
+
+    Args:
+        watch: makes what is around each of the engine's calls.
 
     Returns:
         A record a measurement, each with its `step`: the loss (nats a token) where there are rows for one, then the
@@ -35,7 +56,7 @@ def score_policy(prepared: Prepared, trainer: Any, engine: Engine) -> list[dict[
     engine.push_lora()
     # SFTConfig has no such field, but the data presets name it for every algorithm.
     limit = set_fields(prepared.config.trainer).get("max_completion_length", 256)
-    greedy = _complete(prepared, engine, Sampling(max_tokens=limit, temperature=0.0))
+    greedy = _complete(prepared, engine, Sampling(max_tokens=limit, temperature=0.0), watch)
     records.append(
         {
             "step": step,
@@ -48,18 +69,18 @@ def score_policy(prepared: Prepared, trainer: Any, engine: Engine) -> list[dict[
         }
     )
     if samples := prepared.config.reward.score_samples:
-        records.append({"step": step, **_sampled(prepared, engine, limit, samples)})
+        records.append({"step": step, **_sampled(prepared, engine, limit, samples, watch)})
     return records
 
 
-def _sampled(prepared: Prepared, engine: Engine, limit: int, samples: int) -> dict[str, Any]:
+def _sampled(prepared: Prepared, engine: Engine, limit: int, samples: int, watch: Watch) -> dict[str, Any]:
     """Scores of sampled completions, `samples` a prompt, at training's temperature."""
     assert prepared.score is not None
     temperature = float(set_fields(prepared.config.trainer).get("temperature", 1.0))
     with torch.random.fork_rng():  # training draws the same with and without this
         torch.manual_seed(prepared.config.seed)
         sampling = Sampling(max_tokens=limit, temperature=temperature)
-        found = [_complete(prepared, engine, sampling).scores for _ in range(samples)]
+        found = [_complete(prepared, engine, sampling, watch).scores for _ in range(samples)]
     return {
         "sampled_metric": prepared.score.name,
         "temperature": temperature,
@@ -68,11 +89,10 @@ def _sampled(prepared: Prepared, engine: Engine, limit: int, samples: int) -> di
     }
 
 
-def _complete(prepared: Prepared, engine: Engine, sampling: Sampling) -> HeldOut:
+def _complete(prepared: Prepared, engine: Engine, sampling: Sampling, watch: Watch) -> HeldOut:
     assert prepared.score is not None
-    return held_out(
-        engine, prepared.tokenizer, prepared.eval_rows, prepared.score, sampling, prepared.chat_template_kwargs
-    )
+    rows, template = prepared.eval_rows, prepared.chat_template_kwargs
+    return held_out(engine, prepared.tokenizer, rows, prepared.score, sampling, template, watch)
 
 
 def headline(records: list[dict[str, Any]]) -> float | None:

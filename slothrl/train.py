@@ -9,19 +9,21 @@ from pathlib import Path
 from slothrl.errors import ConfigError, UserError
 
 USAGE = """\
-python -m slothrl [train] [--config-dir FOLDER] [--multirun] [group=choice] [key=value] …
+python -m slothrl [train] [--config-dir FOLDER] [--multirun] [--dry-run] [group=choice] [key=value] …
 
 Without arguments: GRPO on the embedded model. Groups and their choices:
 {groups}
 Every field of TRL's GRPOConfig (SFTConfig for algo=sft) is trainer.<field>=…
   --config-dir FOLDER  your own groups; a file of the same name replaces ours
   --multirun, -m       one run a combination: algo=grpo,gspo seed=0,1
+  --dry-run            show the plan and whether it will fit, and stop: exit code 2 where it will not
   --cfg job            print the composed config and stop
 Examples:
   python -m slothrl algo=dapo trainer.max_steps=50 'reward.functions=[./my_reward.py:score]'
   python -m slothrl model=hub model.name=Qwen/Qwen2.5-0.5B-Instruct data=gsm8k
 """
 INTERRUPTED = 130  # what a shell gives for Ctrl-C
+DRY = "--dry-run"
 SIGNALLED = (INTERRUPTED, 143)  # and for SIGTERM
 INFORMATION = {"--info", "-i", "--hydra-help", "--cfg", "-c", "--version", "--shell-completion", "-sc"}
 
@@ -43,11 +45,20 @@ def main(argv: list[str]) -> int:
         multirun = bool({"--multirun", "-m"} & set(flags))
         if not INFORMATION & {flag.split("=")[0] for flag in flags}:
             _check_hydra_folder(overrides, "hydra.sweep.dir" if multirun else "hydra.run.dir")
-            check_jobs(expand(overrides) if multirun else [_without_hydra(overrides)])
+            jobs = expand(overrides) if multirun else [_without_hydra(overrides)]
+            check_jobs(jobs, anywhere=DRY in flags)
+            if DRY in flags:
+                return _dry_run(jobs, overlay)
         record = [] if multirun else _hydra_folder(overrides)
         return _hydra_main([*_pair(flags, values), *overrides, *record])
     except UserError as error:
         return fail(error)
+
+
+def _dry_run(jobs: list[list[str]], overlay: Path | None) -> int:
+    from slothrl.dry_run import dry_run
+
+    return dry_run(jobs, overlay)
 
 
 def _take_overlay(argv: list[str]) -> tuple[Path | None, list[str]]:
@@ -154,6 +165,7 @@ def _hydra_main(arguments: list[str]) -> int:
 def _job(config) -> int:
     """One run inside Hydra; mistakes become lines on stderr and an exit code, never a traceback."""
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     from slothrl.interrupts import exit_code
     from slothrl.resume import record_command, run_folder
@@ -174,10 +186,24 @@ def _job(config) -> int:
     try:
         summary = run(config, folder.resolve(), overrides=command)
     except UserError as error:
+        _retry(config, error, folder.resolve(), command, sweep=runtime.mode == RunMode.MULTIRUN)
         return fail(error)
     except KeyboardInterrupt as error:
         return _stopped(folder.resolve(), error)
     return exit_code(signal.Signals[summary.signal]) if summary.signal else 0
+
+
+def _retry(config, error: UserError, folder: Path, command: list[str], sweep: bool) -> None:
+    """Where `retry_smaller` asks for it and it can help, this does not come back: the smaller run takes over."""
+    from slothrl.faults import OutOfMemoryFault
+    from slothrl.retry import smaller_run, start_over
+
+    if isinstance(error, OutOfMemoryFault) and (again := smaller_run(config, error, folder, command)):
+        if sweep:
+            print("retry_smaller: not in a sweep, whose other runs are still to come", file=sys.stderr)
+            return
+        fail(error)
+        start_over(again)
 
 
 def _stopped(folder: Path, error: KeyboardInterrupt) -> int:

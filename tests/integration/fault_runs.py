@@ -59,6 +59,39 @@ def hung(folder: Path, overrides: list[str], name: str, hang: Callable[[int], ob
     return {"code": code, "printed": printed, "seconds": seconds, "stacks": stacks, "run": str(run)}
 
 
+def hung_score(folder: Path, overrides: list[str]) -> dict:
+    """An engine that never comes back from the held-out prompts."""
+    from slothrl.engine import TransformersEngine
+
+    generate = TransformersEngine.generate
+    TransformersEngine.generate = lambda *_: time.sleep(600)
+    run = folder / "hung-score"
+    code = end(begin([*overrides, f"output_dir={run}", "rollout.timeout=1"], run.with_suffix(".txt")))
+    TransformersEngine.generate = generate
+    stacks = (run / "hang.txt").read_text()
+    return {"code": code, "printed": run.with_suffix(".txt").read_text(), "stacks": stacks, "run": str(run)}
+
+
+def hungry(folder: Path, overrides: list[str]) -> dict:
+    """No memory in the third step's forward; the program that takes over is a healthy one."""
+    import torch
+
+    from slothrl.trainers.grpo import GRPOTrainer
+
+    compute, calls = GRPOTrainer._compute_loss, []
+
+    def hungry_loss(self, *arguments):
+        calls.append(1)
+        return torch.empty(1 << 44) if len(calls) == 3 else compute(self, *arguments)
+
+    GRPOTrainer._compute_loss = hungry_loss
+    run = folder / "hungry"
+    short = ["trainer.max_steps=4", "trainer.save_steps=1", "retry_smaller=true"]
+    code = end(begin([*overrides, *short, f"output_dir={run}"], run.with_suffix(".txt")))
+    GRPOTrainer._compute_loss = compute
+    return {"code": code, "printed": run.with_suffix(".txt").read_text(), "run": str(run)}
+
+
 def again(found: dict) -> int:
     """Go on with a run; the exit code."""
     run = Path(found["run"])
@@ -72,6 +105,8 @@ def main(folder: Path, overrides: list[str]) -> dict:
         "twice": signalled(folder, overrides, signal.SIGTERM, 2),
         "hung": hung(folder, overrides, "hung", time.sleep),
         # One call into C that keeps the interpreter to itself: no Python thread runs.
+        "hung score": hung_score(folder, overrides),
+        "hungry": hungry(folder, overrides),
         "stuck": hung(folder, overrides, "stuck", ctypes.PyDLL(None).sleep),
     }
     found["hung"]["again"] = again(found["hung"])

@@ -129,6 +129,14 @@ def test_a_hung_engine(ended, name):
         assert json.loads((Path(found["run"]) / "summary.json").read_text())["steps"] == 4
 
 
+def test_an_engine_that_hangs_on_the_held_out_prompts(ended):
+    found = ended["hung score"]
+    assert found["code"] == 1
+    assert "hung_score" in found["stacks"]
+    assert "error: a rollout for the held-out score took more than 1 s and is given up" in found["printed"]
+    assert "error: nothing is trained yet: start it again" in found["printed"]
+
+
 def test_an_engine_that_dies(started):
     run = started()
     run.trainer.phases.current = "rollout"
@@ -200,6 +208,20 @@ def test_a_full_disk_under_the_logs(started):
     fault = explained(caught.value, run.trainer, "transformers", "go on with: X")
     assert isinstance(fault, DiskFullError)
     assert str(fault).startswith("disk full while writing ")
+
+
+def test_once_more_in_smaller_micro_batches(ended):
+    """The program that takes over goes on from the last checkpoint, and every step is there once."""
+    found, run = ended["hungry"], Path(ended["hungry"]["run"])
+    assert found["code"] == 0, found["printed"]
+    assert "error: out of memory in the forward phase of step 3: " in found["printed"]
+    smaller = "trainer.per_device_train_batch_size=4 trainer.gradient_accumulation_steps=2"
+    assert f"retry_smaller: once more with {smaller}" in found["printed"]
+    assert "going on from checkpoint-2" in found["printed"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["steps"], summary["resume"]) == (4, None)
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged if "loss" in line] == [1, 2, 3, 4]
 
 
 def test_what_counts_as_out_of_memory():

