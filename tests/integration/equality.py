@@ -75,9 +75,9 @@ def arguments(folder, **fields: Any) -> GRPOConfig:
     return GRPOConfig(**(common | fields))
 
 
-def trainer(kind: type, args: GRPOConfig, **named: Any):
+def trainer(kind: type, args: GRPOConfig, reward: Callable = characters, **named: Any):
     rows = Dataset.from_dict({"prompt": PROMPTS})
-    return kind(lora_model(), characters, copy.deepcopy(args), rows, processing_class=TOKENIZER, **named)
+    return kind(lora_model(), reward, copy.deepcopy(args), rows, processing_class=TOKENIZER, **named)
 
 
 def pair(args: GRPOConfig) -> tuple[GRPOTrainer, TRLGRPOTrainer]:
