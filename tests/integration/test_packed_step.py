@@ -17,6 +17,7 @@ from equality import (
     trainer,
     use_trl_vllm,
 )
+from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOTrainer as TRLGRPOTrainer
 
 from slothrl.config import PackingConfig
@@ -32,10 +33,9 @@ def dull_then_not(completions, **_):
     return [0.5] * 4 + characters(completions[4:]) if len(completions) > 4 else [0.5] * len(completions)
 
 
-def ours(folder, fields, packing, reward=characters, engine="vllm"):
-    one = trainer(
-        GRPOTrainer, arguments(folder, **fields), reward, engine=FixedEngine(engine), packing=PackingConfig(**packing)
-    )
+def ours(folder, fields, packing, reward=characters, engine="vllm", **named):
+    named |= {"engine": FixedEngine(engine), "packing": PackingConfig(**packing)}
+    one = trainer(GRPOTrainer, arguments(folder, **fields), reward, **named)
     assert (one.padded_reason is None) is (packing.get("mode") != "off")
     return *train(one), one
 
@@ -89,6 +89,23 @@ def test_any_cut_is_the_padded_batch(name, tmp_path):
         micro_batches = packed[1][0]["packing/micro_batches"]
         assert (micro_batches > 1) is ("tokens_per_micro_batch" in packing)
     assert tokens["shared"] < tokens["a row each"]
+
+
+def tiny_qwen3(vocab_size, hidden):
+    """Norms on queries and keys, a head of its own size, tied embeddings."""
+    shape = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2}
+    shape |= {"vocab_size": vocab_size, "hidden_size": hidden, "intermediate_size": 2 * hidden}
+    return Qwen3ForCausalLM(Qwen3Config(**shape, pad_token_id=0, eos_token_id=1, dtype="float32"))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_computed_again_in_the_backward(reentrant, tmp_path):
+    """Gradient checkpointing, on another architecture: the backward runs the layers over the pack once more."""
+    fields = {"max_steps": 1, "loss_type": "dapo", **SPLIT}
+    padded = ours(tmp_path, fields, {"mode": "off"}, base=tiny_qwen3)
+    fields |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    packing = {"mode": "on", "shared_prefix": "always", "tokens_per_micro_batch": 60}
+    assert_equal_runs(ours(tmp_path, fields, packing, base=tiny_qwen3), padded, ("loss", "entropy"))
 
 
 # --- against TRL ----------------------------------------------------------------------------------------------------
