@@ -75,6 +75,10 @@ class RolloutConfig:
     kv_cache_gb: float | None = None  # KV cache in GiB; default: what gpu_memory_utilization leaves, 1 on a CPU
     max_model_len: int | None = None  # tokens; default: prompt + completion
     enforce_eager: bool = False  # no CUDA graphs
+    kv_cache_dtype: str = "auto"  # auto: the compute dtype; fp8: half the memory, approximate (GPU)
+    prefix_caching: bool = True  # a prompt is prefilled once for its group
+    view: str = "auto"  # nf4: generate from the packed base; bf16: from a 16-bit view of it (approximate); auto
+    linear: str = "auto"  # vLLM's linear layers: slothrl (one GEMM from nf4, the LoRA inside), vllm, or auto
     share_base: str = "auto"  # one copy of the base for vLLM and the trainer: auto, always (or refuse), never
     sleep: bool = True  # vLLM gives up its KV cache while the trainer works (GPU)
     dtype: str = "auto"  # vLLM's compute dtype; auto: the trainer's

@@ -40,6 +40,15 @@ class Rollout:
     completion_ids: list[list[int]]
     sampling_logprobs: list[list[float]] | None = None
 
+    @property
+    def occupancy(self) -> float:
+        """Share of the sequences that were still generating, on average over the decoding steps; 1 for equal lengths.
+
+        Low: a few long completions kept the rest waiting (all start together).
+        """
+        lengths = [len(ids) for ids in self.completion_ids]
+        return sum(lengths) / (len(lengths) * max(lengths)) if any(lengths) else 1.0
+
 
 class Engine(ABC):
     """Generates from the current policy: the base model and the LoRA of the last `push_lora`."""

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from slothrl.errors import UserError
-from slothrl.vllm_compat import adapter_in_place, lora_buffers, register_adapter
+from slothrl.vllm_compat import adapter_in_place, lora_buffers, model_of, register_adapter
+from slothrl.vllm_linear import layer_loras
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ def check_adapter(config) -> None:
 
 @dataclass(frozen=True)
 class Buffer:
-    """One projection: the views inside vLLM's stacked buffers and the trainer's parameters that fill them."""
+    """One projection: the views inside vLLM's buffers and the trainer's parameters that fill them."""
 
+    name: str
     a_into: torch.Tensor  # (r, in)
     a_from: torch.Tensor  # (r, in)
     b_into: torch.Tensor  # (out, r)
@@ -80,33 +82,50 @@ class LoraSlot:
         config = model.peft_config["default"]
         check_adapter(config)
         self.llm, self.layers = llm, lora_layers(model)
-        shape = lora_shape(model)
+        own = layer_loras(model_of(llm))
+        self.index = None if own else self._register(lora_shape(model), config.lora_alpha)
+        self.buffers = list(self._own_buffers(own) if own else self._stacked_buffers(self.index))
+        reached = {buffer.name for buffer in self.buffers}
+        if len(reached) != len(self.layers):
+            missing = sorted(set(self.layers) - reached)[0]
+            raise UserError(
+                f"vLLM takes LoRA on {len(reached)} of this model's {len(self.layers)} adapted projections, not on"
+                f" {missing}"
+            )
+
+    def _register(self, shape: LoraShape, alpha: float) -> int:
+        """Make the adapter one of vLLM's own; which row of its stacked buffers is ours."""
         tensors = {
             f"base_model.model.{name}.lora_{which}.weight": getattr(layer, f"lora_{which}")["default"].weight
             for name, layer in self.layers.items()
             for which in "AB"
         }
-        register_adapter(llm, tensors, shape.rank, config.lora_alpha, shape.targets)
-        self.index = adapter_in_place(llm)
-        self.buffers = list(self._buffers())
-        if len(self.buffers) != len(self.layers):
-            raise UserError(
-                f"vLLM takes LoRA on {len(self.buffers)} of this model's {len(self.layers)} adapted projections"
-            )
+        register_adapter(self.llm, tensors, shape.rank, alpha, shape.targets)
+        return adapter_in_place(self.llm)
 
-    def _buffers(self) -> Iterable[Buffer]:
-        for name, (a_into, b_into) in lora_buffers(self.llm, self.index).items():
-            layer = self.layers.get(name)
-            if layer is None:
-                continue
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            scaling = float(layer.scaling["default"])
-            yield Buffer(a_into[: a.shape[0], : a.shape[1]], a, b_into[: b.shape[0], : b.shape[1]], b, scaling)
+    def _stacked_buffers(self, index) -> Iterable[Buffer]:
+        for name, (a_into, b_into) in lora_buffers(self.llm, index).items():
+            if name in self.layers:
+                yield self._buffer(name, a_into, b_into)
+
+    def _own_buffers(self, own) -> Iterable[Buffer]:
+        for name, pieces in own.items():
+            for a_into, b_into, rows in pieces if name in self.layers else ():
+                yield self._buffer(name, a_into, b_into, rows)
+
+    def _buffer(self, name: str, a_into: torch.Tensor, b_into: torch.Tensor, rows: slice | None = None) -> Buffer:
+        layer = self.layers[name]
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        if rows is not None and rows != slice(0, len(b)):
+            b = b.detach()[rows]
+        scaling = float(layer.scaling["default"])
+        return Buffer(name, a_into[: a.shape[0], : a.shape[1]], a, b_into[: b.shape[0], : b.shape[1]], b, scaling)
 
     @torch.inference_mode()
     def push(self) -> None:
         """Copy A and scaling * B of every projection into vLLM's buffers; raises if vLLM moved the adapter."""
-        adapter_in_place(self.llm, self.index)
+        if self.index is not None:
+            adapter_in_place(self.llm, self.index)
         buffers = self.buffers
         torch._foreach_copy_([b.a_into for b in buffers], [b.a_from for b in buffers])
         scaled = torch._foreach_mul([b.b_from for b in buffers], [b.scaling for b in buffers])

@@ -59,8 +59,17 @@ def plan_model(config: ModelConfig, device: str) -> ModelPlan:
         quantization="checkpoint" if prequantized else quantization,
         dtype=DTYPES[dtype],
         context=getattr(found.get_text_config(), "max_position_embeddings", None),
-        attn_implementation=config.attn_implementation,
+        attn_implementation=config.attn_implementation or _exact_attention(found.get_text_config()),
     )
+
+
+def _exact_attention(config: Any) -> str | None:
+    """The attention that computes what the model's config says; None: any does.
+
+    transformers' default, torch's attention, leaves out the cap on attention scores (Gemma 2, arXiv:2408.00118, section
+    2) without a word.
+    """
+    return "eager" if getattr(config, "attn_logit_softcapping", None) is not None else None
 
 
 def load_tokenizer(plan: ModelPlan):

@@ -148,6 +148,8 @@ def __getattr__(name: str) -> Any:
 def _kv_only_worker() -> type:
     from vllm.v1.worker.gpu_worker import Worker
 
+    from slothrl.vllm_linear import make_views
+
     class KVOnlyWorker(Worker):
         """Keeps everything but the KV tensors out of the memory that sleeping takes away.
 
@@ -156,6 +158,14 @@ def _kv_only_worker() -> type:
         """
 
         graph_bytes = 0
+
+        def load_model(self, *arguments, **named):
+            super().load_model(*arguments, **named)
+            wanted: Any = self.vllm_config.additional_config
+            if wanted.get("slothrl", {}).get("view"):
+                runner: Any = self.model_runner
+                with super()._maybe_get_memory_pool_context("slothrl_view"):
+                    make_views(runner.model)
 
         def _maybe_get_memory_pool_context(self, tag):
             return nullcontext()
@@ -188,7 +198,7 @@ def _kv_only_worker() -> type:
             from vllm.device_allocator.cumem import CuMemAllocator
 
             allocations = CuMemAllocator.get_instance().pointer_to_data.values()
-            return [allocation for allocation in allocations if allocation.tag == "kv_cache"]
+            return [allocation for allocation in allocations if allocation.tag in ("kv_cache", "slothrl_view")]
 
         def compile_or_warm_up_model(self):
             capture = self.model_runner.capture_model

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from slothrl import vllm_compat
+from slothrl import vllm_compat, vllm_linear
 from slothrl.engine import Engine, Rollout, Sampling, TokenIds, end_token_ids
 from slothrl.errors import UserError
 from slothrl.lora_slot import LoraShape, LoraSlot
 from slothrl.streams import OwnStream
+from slothrl.vllm_linear import NF4, PLAIN
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,13 @@ class VLLMOptions:
         gpu_memory_utilization: share of the GPU for weights and KV cache together.
         kv_cache_gb: KV cache in GiB; None: what `gpu_memory_utilization` leaves, 1 on a CPU.
         sleep: whether the KV cache can be freed while the trainer works (GPU only).
+        kv_cache_dtype: "auto" (as `dtype`) or "fp8": half the memory and traffic, and approximate: what samples is then
+            another policy than the trained one, by some hundredths of a nat, which the importance correction weighs.
+        prefix_caching: a prompt's cache serves all completions of its group, and later turns.
+        linear: whose linear layers run: "slothrl" (`slothrl.vllm_linear`), "vllm", or "auto": ours for an nf4 base and
+            on a CPU, where vLLM's LoRA takes time in proportion to rank times tokens.
+        view: with our layers over nf4, generate from a 16-bit view of the base with the LoRA folded in, made when the
+            engine wakes and freed when it sleeps: faster for very many sequences, and approximate (one more rounding).
     """
 
     path: str
@@ -43,6 +51,10 @@ class VLLMOptions:
     sleep: bool = True
     seed: int = 0
     revision: str | None = None
+    linear: str = "auto"
+    kv_cache_dtype: str = "auto"
+    prefix_caching: bool = True
+    view: bool = False
 
 
 class VLLMEngine(Engine):
@@ -63,18 +75,21 @@ class VLLMEngine(Engine):
         vllm = vllm_compat.import_vllm()
         from vllm.lora.request import LoRARequest
 
+        self.linear = linear_method(options)
         free = _free_bytes()
         self._stream = OwnStream()
         try:
-            self.llm = vllm.LLM(**_arguments(options, lora))
+            self.llm = vllm.LLM(**_arguments(options, lora, self.linear))
         except (ValueError, RuntimeError, NotImplementedError, OSError) as error:
             raise UserError(f"vLLM could not load {options.path}: {_first_line(error)}") from error
         finally:
             self._stream.started()
         vllm_compat.remember_config(self.llm)
         self.started_bytes = free - _free_bytes()  # what the driver says vLLM took, all together
-        # The adapter will sit in vLLM's memory, so this path is never read.
-        self.request = LoRARequest("slothrl", vllm_compat.ADAPTER_ID, "/in-memory")
+        # The adapter will sit in vLLM's memory, so this path is never read. Our own layers need no request for it.
+        self.request = None if self.linear else LoRARequest("slothrl", vllm_compat.ADAPTER_ID, "/in-memory")
+        self.view = options.view and self.linear == NF4
+        self._stale_view = self.view
         self.can_sleep = torch.cuda.is_available() and options.sleep
         self.asleep = False
 
@@ -100,6 +115,9 @@ class VLLMEngine(Engine):
         """Awake and on vLLM's stream."""
         self.wake()
         with self._stream():
+            if self._stale_view:
+                vllm_linear.fill_views(self.vllm_model)
+                self._stale_view = False
             yield
 
     def generate(self, prompt_ids: Sequence[TokenIds], sampling: Sampling) -> Rollout:
@@ -132,6 +150,7 @@ class VLLMEngine(Engine):
         """Write the trainer's LoRA into vLLM's buffers and drop the prefix cache, whose keys do not know of it."""
         with self._stream():
             self.slot.push()
+        self._stale_view = self.view
         # A stale prefix would answer for the old policy: measured 0.94 nat of error. Sleeping has emptied it already.
         if not self.asleep and not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache after a LoRA push (are requests still running?)")
@@ -142,7 +161,7 @@ class VLLMEngine(Engine):
                 vllm_compat.sleep(self.llm)
             # What vLLM cached on its stream is no use to the trainer's.
             torch.cuda.empty_cache()
-            self.asleep = True
+            self.asleep, self._stale_view = True, self.view
 
     def wake(self) -> None:
         if self.asleep:
@@ -165,9 +184,16 @@ class VLLMEngine(Engine):
         cache = vllm_compat.kv_cache_bytes(self.llm)
         return {
             "KV cache": 0 if self.asleep else cache,
-            "LoRA in vLLM": vllm_compat.lora_buffer_bytes(self.llm),
+            "LoRA in vLLM": self._lora_bytes(),
+            **({"16-bit view": 0 if self.asleep else vllm_linear.view_bytes(self.vllm_model)} if self.view else {}),
             "CUDA graphs": getattr(vllm_compat.worker_of(self.llm), "graph_bytes", 0),
         }
+
+    def _lora_bytes(self) -> int:
+        if not self.linear:
+            return vllm_compat.lora_buffer_bytes(self.llm)
+        loras = (getattr(module, "slothrl_lora", None) for module in self.vllm_model.modules())
+        return sum(lora.a.nbytes + lora.b.nbytes for lora in loras if lora is not None)
 
     def close(self) -> None:
         self.wake()  # asleep, its memory could not be handed back
@@ -181,7 +207,28 @@ class VLLMEngine(Engine):
             torch.cuda.empty_cache()
 
 
-def _arguments(options: VLLMOptions, lora: LoraShape) -> dict[str, Any]:
+def linear_method(options: VLLMOptions) -> str | None:
+    """The quantisation method of ours that vLLM is to run with; None for vLLM's own layers."""
+    nf4 = options.quantization == "bitsandbytes"
+    stored = None if nf4 else checkpoint_quantization(options.path, options.revision)
+    if stored is not None:
+        nf4 = stored.get("quant_method") == "bitsandbytes" and stored.get("bnb_4bit_quant_type") == "nf4"
+        if not nf4:
+            return None  # vLLM knows more formats than we do
+    if options.linear == "auto":
+        return NF4 if nf4 else None if torch.cuda.is_available() else PLAIN
+    return {"slothrl": NF4 if nf4 else PLAIN, "vllm": None}[options.linear]
+
+
+def checkpoint_quantization(path: str, revision: str | None) -> dict[str, Any] | None:
+    """What a checkpoint's config says of its quantisation; None where it is not quantised."""
+    from transformers import AutoConfig
+
+    stored = getattr(AutoConfig.from_pretrained(path, revision=revision), "quantization_config", None)
+    return stored.to_dict() if hasattr(stored, "to_dict") else stored  # pyright: ignore
+
+
+def _arguments(options: VLLMOptions, lora: LoraShape, linear: str | None) -> dict[str, Any]:
     """Arguments of `vllm.LLM`."""
     arguments: dict[str, Any] = {
         "model": options.path,
@@ -190,18 +237,25 @@ def _arguments(options: VLLMOptions, lora: LoraShape) -> dict[str, Any]:
         "max_model_len": options.max_model_len,
         "max_num_seqs": options.max_num_seqs,
         "enforce_eager": options.enforce_eager,
-        "enable_lora": True,
-        "max_loras": 1,
-        "max_lora_rank": vllm_compat.max_lora_rank(lora.rank),
-        "lora_target_modules": list(lora.targets),
-        "enable_prefix_caching": True,
+        "enable_prefix_caching": options.prefix_caching,
+        "kv_cache_dtype": options.kv_cache_dtype,
         # Log-probs of the distribution that was sampled from: after temperature and the logit processors.
         "logprobs_mode": "processed_logprobs",
         "seed": options.seed,
         "disable_log_stats": True,
     }
-    if options.quantization:
-        arguments["quantization"] = options.quantization
+    if linear:
+        vllm_linear.register()
+        arguments["quantization"] = linear
+        wanted = {"rank": lora.rank, "targets": list(lora.targets), "view": options.view}
+        arguments["additional_config"] = {"slothrl": wanted}
+        if linear == NF4:
+            arguments["load_format"] = "bitsandbytes"
+    else:
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": vllm_compat.max_lora_rank(lora.rank)}
+        arguments["lora_target_modules"] = list(lora.targets)
+        if options.quantization:
+            arguments["quantization"] = options.quantization
     if options.sleep:
         arguments.update(vllm_compat.sleep_arguments())
     on_gpu = torch.cuda.is_available()

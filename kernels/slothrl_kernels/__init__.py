@@ -5,6 +5,7 @@ Without Triton (`HAS_TRITON` is False) the package imports all the same; a kerne
 
 from slothrl_kernels.glu import glu, glu_reference
 from slothrl_kernels.nf4_dequantize import nf4_dequantize, nf4_dequantize_reference
+from slothrl_kernels.nf4_lora import LoraDelta, nf4_lora_matmul, nf4_lora_matmul_reference
 from slothrl_kernels.nf4_matmul import nf4_matmul, nf4_matmul_reference
 from slothrl_kernels.nf4_weight import NestedAbsmax, Nf4Weight
 from slothrl_kernels.packed_attention import packed_attention, packed_attention_reference
@@ -22,6 +23,7 @@ __all__ = [
     "HAS_TRITON",
     "IGNORE_LABEL",
     "Impl",
+    "LoraDelta",
     "NestedAbsmax",
     "Nf4Weight",
     "PackedLayout",
@@ -31,6 +33,8 @@ __all__ = [
     "glu_reference",
     "nf4_dequantize",
     "nf4_dequantize_reference",
+    "nf4_lora_matmul",
+    "nf4_lora_matmul_reference",
     "nf4_matmul",
     "nf4_matmul_reference",
     "packed_attention",

@@ -1,4 +1,4 @@
-"""Which tile a call of `nf4_matmul` runs with: tuned shapes, sane defaults for the rest, and candidates for a sweep."""
+"""The launches of the nf4 GEMM: defaults by rows of X, how many programs share K, and candidates worth timing."""
 
 from __future__ import annotations
 
@@ -28,31 +28,22 @@ class Nf4Config:
         return [self.block_m, self.block_n, self.chunks, self.scale_first, self.warps, self.stages, self.splits]
 
 
-# By rows of X; at most 99 KiB of shared memory, the limit of consumer cards. Tensor cores for a single row too: counted
-# in SASS, a weight costs 5.2 to 5.7 instructions there and 6 to 8 in the matrix-vector kernel.
+# By rows of X; at most 99 KiB of shared memory, the limit of consumer cards. From sweeps on an H100, kernels/README.md.
 DEFAULTS = {
-    1: Nf4Config(16, 64, 2, 0, 4, 4),
-    2: Nf4Config(16, 64, 2, 0, 4, 4),
-    4: Nf4Config(16, 64, 2, 0, 4, 4),
-    16: Nf4Config(16, 64, 2, 0, 4, 4),
-    32: Nf4Config(32, 64, 2, 0, 4, 4),
-    64: Nf4Config(64, 128, 2, 1, 8, 3),
-    128: Nf4Config(128, 128, 1, 1, 8, 3),
-    256: Nf4Config(128, 128, 1, 1, 8, 3),
+    1: Nf4Config(1, 128, 2, 0, 2, 2),
+    2: Nf4Config(16, 64, 2, 0, 4, 3),
+    4: Nf4Config(16, 64, 2, 0, 4, 3),
+    16: Nf4Config(16, 32, 2, 0, 2, 4),
+    32: Nf4Config(32, 64, 2, 0, 4, 3),
+    64: Nf4Config(64, 128, 1, 0, 8, 3),
+    128: Nf4Config(128, 128, 1, 1, 4, 3),
+    256: Nf4Config(128, 128, 1, 1, 4, 3),
 }
-# (rows bucket, N, K) -> the winner of a sweep (tests/gpu/bench_kernels.py prints the lines); empty until one is run.
-TUNED: dict[tuple[int, int, int], Nf4Config] = {}
 
 
 def bucket(rows: int) -> int:
     """The smallest bucket that holds `rows` tokens."""
     return next((size for size in ROW_BUCKETS if rows <= size), ROW_BUCKETS[-1])
-
-
-def choose_config(rows: int, outputs: int, inputs: int, processors: int) -> Nf4Config:
-    """The launch for X (rows, K=inputs) and W (N=outputs, K) on a GPU of so many multiprocessors, splits filled in."""
-    size = bucket(rows)
-    return complete(TUNED.get((size, outputs, inputs), DEFAULTS[size]), rows, outputs, inputs, processors)
 
 
 def complete(config: Nf4Config, rows: int, outputs: int, inputs: int, processors: int) -> Nf4Config:
@@ -66,12 +57,13 @@ def complete(config: Nf4Config, rows: int, outputs: int, inputs: int, processors
 
 
 def default_splits(config: Nf4Config, rows: int, outputs: int, inputs: int, processors: int) -> int:
-    """Enough programs for four on each multiprocessor (two of the large tiles), while partials stay the smaller part.
+    """Enough programs for each multiprocessor: ten small ones, four, or two of the large tiles; partials stay the
+    smaller part.
 
     A partial is 4 bytes a token and row, written and read; W is half a byte a weight: at most inputs / (8 * rows).
     """
     tiles = -(-outputs // config.block_n) * -(-rows // config.block_m)
-    wanted = processors * (4 if config.block_m <= 32 else 2)
+    wanted = processors * (10 if config.block_m == 1 else 4 if config.block_m <= 32 else 2)
     return max(1, min(16, wanted // tiles, inputs // (8 * rows)))
 
 

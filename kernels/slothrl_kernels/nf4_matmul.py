@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slothrl_kernels.nf4_config import GEMM_ROWS, Nf4Config, choose_config, complete
+from slothrl_kernels.nf4_config import GEMM_ROWS, Nf4Config, complete
 from slothrl_kernels.nf4_dequantize import nf4_dequantize, nf4_dequantize_reference
+from slothrl_kernels.nf4_launches import choose_config
 from slothrl_kernels.nf4_weight import NestedAbsmax, Nf4Weight
 from slothrl_kernels.switch import HAS_TRITON, Impl, interpreted, processors, takes_triton
 
@@ -87,20 +88,32 @@ def _check(x: Tensor, weight: Nf4Weight, bias: Tensor | None) -> None:
 def _forward(x: Tensor, weight: Nf4Weight, bias: Tensor | None, impl: Impl, config: Nf4Config | None) -> Tensor:
     outputs, inputs = weight.shape
     rows = x.numel() // inputs if inputs else 0
-    fits = x.dtype in (torch.bfloat16, torch.float16) and inputs % 64 == 0 and weight.blocksize >= 64
-    fits = fits and outputs > 0 and weight.packed.data_ptr() % 16 == 0  # bytes are read as words
-    if not (takes_triton(impl, x) and 0 < rows <= GEMM_ROWS and fits):
+    if not takes_gemm(x, rows, weight, impl):
         return F.linear(x, nf4_dequantize(weight, x.dtype, impl=impl), bias)
-    tokens = x.reshape(rows, inputs).contiguous()
-    if tokens.data_ptr() % 16:  # vector loads of pairs
-        tokens = tokens.clone()
-    count = processors(x.device)
-    chosen = complete(config, rows, outputs, inputs, count) if config else choose_config(rows, outputs, inputs, count)
-    return _launch(tokens, weight, bias, chosen).view(*x.shape[:-1], outputs)
+    tokens = aligned(x.reshape(rows, inputs))
+    if config:
+        chosen = complete(config, rows, outputs, inputs, processors(x.device))
+    else:
+        chosen = choose_config(rows, outputs, inputs, x.device)
+    return launch(tokens, weight, bias, chosen).view(*x.shape[:-1], outputs)
 
 
-def _launch(x: Tensor, weight: Nf4Weight, bias: Tensor | None, config: Nf4Config) -> Tensor:
-    """x (M, K) contiguous -> (M, N)."""
+def takes_gemm(x: Tensor, rows: int, weight: Nf4Weight, impl: Impl) -> bool:
+    """Whether so many tokens times this weight run as one GEMM on the packed bytes."""
+    fits = x.dtype in (torch.bfloat16, torch.float16) and weight.shape[1] % 64 == 0 and weight.blocksize >= 64
+    fits = fits and weight.shape[0] > 0 and weight.packed.data_ptr() % 16 == 0  # bytes are read as words
+    return fits and 0 < rows <= GEMM_ROWS and takes_triton(impl, x)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x contiguous, at an address that vector loads take."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def launch(x: Tensor, weight: Nf4Weight, bias: Tensor | None, config: Nf4Config, lora: Any = None) -> Tensor:
+    """x (M, K) contiguous -> (M, N); lora: (X A^T, a `nf4_lora.LoraDelta`), added before the result is rounded."""
+    own = lora[1].arrived if lora else None
     (rows, inputs), outputs, nested, code = x.shape, weight.shape[0], weight.nested, weight.code
     tensor_cores = config.block_m > 1
     grid = (triton.cdiv(outputs, config.block_n), config.splits, triton.cdiv(rows, config.block_m))
@@ -108,7 +121,7 @@ def _launch(x: Tensor, weight: Nf4Weight, bias: Tensor | None, config: Nf4Config
     partials = arrived = code  # not touched by a single split
     if config.splits > 1:
         partials = torch.empty(config.splits * rows * outputs, dtype=torch.float32, device=x.device)
-        arrived = _arrival_counters(x.device, grid[0] * grid[2])
+        arrived = arrival_counters(x.device, grid[0] * grid[2], own)
     with torch.cuda.device_of(x):  # Triton launches on the current device, not on the tensor's
         (nf4_gemm_kernel if tensor_cores else nf4_gemv_kernel)[grid](
             x.view(torch.int64 if tensor_cores else torch.int32),
@@ -117,6 +130,7 @@ def _launch(x: Tensor, weight: Nf4Weight, bias: Tensor | None, config: Nf4Config
             code,
             *((nested.code, nested.absmax, nested.offset) if nested else (code, code, code)),
             code if bias is None else bias,
+            *((lora[0], lora[1].b, lora[1].ends) if lora else (code, code, code)),
             y,
             partials,
             arrived,
@@ -126,6 +140,8 @@ def _launch(x: Tensor, weight: Nf4Weight, bias: Tensor | None, config: Nf4Config
             inputs // 64,
             config.splits,
             **_options(x.dtype, weight, bias is not None, config),
+            RANK=lora[1].b.shape[1] if lora else 0,
+            SLICES=len(lora[1].sizes) if lora else 1,
         )
     return y
 
@@ -149,8 +165,10 @@ def _options(dtype: torch.dtype, weight: Nf4Weight, has_bias: bool, config: Nf4C
     return options
 
 
-def _arrival_counters(device: torch.device, tiles: int) -> Tensor:
-    """Zeros, and zeros again after every launch; see the module's note on CUDA graphs."""
+def arrival_counters(device: torch.device, tiles: int, own: Tensor | None = None) -> Tensor:
+    """Zeros, and zeros again after every launch; `own`, where a caller keeps enough; see the note on CUDA graphs."""
+    if own is not None and own.numel() >= tiles:
+        return own
     cuda = device.type == "cuda"
     key = (device, torch.cuda.current_stream(device).cuda_stream if cuda else 0)
     if tiles > COUNTERS or (key not in _arrivals and cuda and torch.cuda.is_current_stream_capturing()):
@@ -182,16 +200,29 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _backward(ctx: Any, gradient: Tensor) -> tuple:
     """dX = dY W and db = the sum of dY; the weight is the model's own memory and outlives the graph."""
     needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[10]
-    to_x = gradient @ nf4_dequantize(_as_weight(*ctx.weight), gradient.dtype, impl=ctx.impl) if needs_x else None
+    to_x = torch.ops.slothrl_kernels.nf4_matmul_dx(gradient, *ctx.weight, ctx.impl) if needs_x else None
     to_bias = gradient.reshape(-1, gradient.size(-1)).sum(0) if needs_bias else None
     return (to_x, *[None] * 9, to_bias, None, None)
 
 
-_library = torch.library.Library("slothrl_kernels", "FRAGMENT")
-_library.define(
-    "nf4_matmul(Tensor x, Tensor packed, Tensor absmax, Tensor code, int[] shape, int blocksize, Tensor? inner_code, "
-    "Tensor? inner_absmax, Tensor? offset, int inner_blocksize, Tensor? bias, str impl, int[] config) -> Tensor"
+def _gradient(gradient: Tensor, *arguments: Any) -> Tensor:
+    """dX = dY W; opaque to torch.compile as the forward is."""
+    return gradient @ nf4_dequantize(_as_weight(*arguments[:-1]), gradient.dtype, impl=arguments[-1])
+
+
+def _fake_gradient(gradient: Tensor, packed: Tensor, absmax: Tensor, code: Tensor, shape: list[int], *_) -> Tensor:
+    return gradient.new_empty((*gradient.shape[:-1], shape[1]))
+
+
+_WEIGHT = (
+    "Tensor packed, Tensor absmax, Tensor code, int[] shape, int blocksize, "
+    "Tensor? inner_code, Tensor? inner_absmax, Tensor? offset, int inner_blocksize"
 )
+_library = torch.library.Library("slothrl_kernels", "FRAGMENT")
+_library.define(f"nf4_matmul(Tensor x, {_WEIGHT}, Tensor? bias, str impl, int[] config) -> Tensor")
+_library.define(f"nf4_matmul_dx(Tensor gradient, {_WEIGHT}, str impl) -> Tensor")
 _library.impl("nf4_matmul", _operator, "CompositeExplicitAutograd")
+_library.impl("nf4_matmul_dx", _gradient, "CompositeExplicitAutograd")
 torch.library.register_fake("slothrl_kernels::nf4_matmul", _fake, lib=_library)
+torch.library.register_fake("slothrl_kernels::nf4_matmul_dx", _fake_gradient, lib=_library)
 torch.library.register_autograd("slothrl_kernels::nf4_matmul", _backward, setup_context=_save, lib=_library)

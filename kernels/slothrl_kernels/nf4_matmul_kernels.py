@@ -1,4 +1,4 @@
-"""The two kernels of `nf4_matmul`: tensor cores over tiles of weight rows and tokens, and a matrix-vector product.
+"""The kernels of `nf4_matmul`: tensor cores over tiles of weight rows and tokens, and a matrix-vector product.
 
 Both compute Y^T = W X^T: the decoded weights never leave registers, and tokens are the narrow side. W comes in units of
 4 weights and X in matching ones of 4 values; both are taken apart in registers, and equal places meet, so that nothing
@@ -49,31 +49,74 @@ def _weights(
 
 
 @jit
-def _store(total, y, address, bias, row, inside, HAS_BIAS: tl.constexpr):
+def _lora(total, xa, lora_b, ends, row, token, M, RANK: tl.constexpr, SLICES: tl.constexpr, INTERPRETED: tl.constexpr):
+    """(rows, tokens) sums plus B (X A^T)^T: `xa` is (M, SLICES * RANK), each slice of rows has its own RANK columns."""
+    rank, slices = tl.arange(0, RANK), tl.zeros_like(row)
+    for i in tl.static_range(SLICES - 1):  # pyright: ignore
+        slices += (row >= tl.load(ends + i)).to(tl.int32)
+    b = tl.load(lora_b + row.to(tl.int64)[:, None] * RANK + rank[None, :])
+    width = SLICES * RANK
+    if total.shape[1] == 1:
+        a = tl.load(xa + token * width + slices[:, None] * RANK + rank[None, :])
+        return total + tl.sum(b.to(tl.float32) * a.to(tl.float32), 1)[:, None]  # pyright: ignore
+    near = tl.minimum(token, M - 1).to(tl.int64)
+    for i in tl.static_range(SLICES):  # pyright: ignore
+        a = tl.load(xa + near[None, :] * width + i * RANK + rank[:, None])
+        part = tl.where(slices[:, None] == i, b, 0.0)
+        if INTERPRETED:
+            total += tl.dot(part.to(tl.float32), a.to(tl.float32))
+        else:
+            total += tl.dot(part.to(a.dtype), a)
+    return total
+
+
+@jit
+def _gather(total, partials, address, inside, size, splits):
+    """The sum of all splits' partials, in order; four loads at a time are under way."""
+    total = tl.zeros_like(total)
+    partials += address
+    for split in range(0, splits, 4):
+        for i in tl.static_range(4):  # pyright: ignore
+            there = inside & (tl.zeros([1, 1], tl.int32) + (split + i) < splits)
+            # Past L1, which is not coherent.
+            total += tl.load(partials + (split + i) * size, mask=there, other=0.0, cache_modifier=".cg")
+    return total
+
+
+@jit
+def _write(
+    total, y, address, inside, bias, xa, lora_b, ends, row, token, M,
+    HAS_BIAS: tl.constexpr, RANK: tl.constexpr, SLICES: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    if RANK:
+        total = _lora(total, xa, lora_b, ends, row, token, M, RANK, SLICES, INTERPRETED)
     if HAS_BIAS:
         total += tl.load(bias + row).to(tl.float32)[:, None]
     tl.store(y + address, total.to(y.dtype.element_ty), mask=inside)
 
 
 @jit
-def _finish(total, y, bias, partials, arrived, row, token, M, N, splits, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr):
+def finish(
+    total, y, bias, xa, lora_b, ends, partials, arrived, row, token, M, N, splits,
+    HAS_BIAS: tl.constexpr, RANK: tl.constexpr, SLICES: tl.constexpr, SPLIT: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     """Write a tile of Y from (rows, tokens) sums; of all the programs that share the tile the last one does."""
     address = token.to(tl.int64)[None, :] * N + row[:, None]
     inside = (token[None, :] < M) & (row[:, None] < N)
-    row = tl.minimum(row, N - 1)
-    if not SPLIT:
-        _store(total, y, address, bias, row, inside, HAS_BIAS)
-        return
-    size = M.to(tl.int64) * N
-    tl.store(partials + tl.program_id(1) * size + address, total, mask=inside)
-    tl.debug_barrier()  # all threads' partials come before the one thread's arrival
-    tile = arrived + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-    if tl.atomic_add(tile, 1, sem="acq_rel") == splits - 1:
-        total = tl.zeros_like(total)
-        for split in range(splits):  # past L1, which is not coherent
-            total += tl.load(partials + split * size + address, mask=inside, other=0.0, cache_modifier=".cg")
-        _store(total, y, address, bias, row, inside, HAS_BIAS)
-        tl.store(tile, 0)  # as the next launch needs it
+    near = tl.minimum(row, N - 1)
+    if SPLIT:
+        size = M.to(tl.int64) * N
+        tl.store(partials + tl.program_id(1) * size + address, total, mask=inside)
+        tl.debug_barrier()  # all threads' partials come before the one thread's arrival
+        tile = arrived + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(tile, 1, sem="acq_rel") == splits - 1:
+            total = _gather(total, partials, address, inside, size, splits)
+            _write(
+                total, y, address, inside, bias, xa, lora_b, ends, near, token, M, HAS_BIAS, RANK, SLICES, INTERPRETED
+            )
+            tl.store(tile, 0)  # as the next launch needs it
+    else:
+        _write(total, y, address, inside, bias, xa, lora_b, ends, near, token, M, HAS_BIAS, RANK, SLICES, INTERPRETED)
 
 
 @jit(do_not_specialize=["M", "splits"])
@@ -86,6 +129,9 @@ def nf4_gemm_kernel(
     inner_absmax,
     offset,
     bias,
+    xa,
+    lora_b,
+    ends,
     y,
     partials,
     arrived,
@@ -98,6 +144,8 @@ def nf4_gemm_kernel(
     CHUNKS_A_BLOCK: tl.constexpr,
     INNER_BLOCKSIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr,
+    SLICES: tl.constexpr,
     PTX: tl.constexpr,
     INTERPRETED: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -128,7 +176,10 @@ def nf4_gemm_kernel(
                 total = tl.dot(d, s, tl.dot(c, r, tl.dot(b, q, tl.dot(a, p, total))))
             else:
                 total += tl.dot(d, s, tl.dot(c, r, tl.dot(b, q, tl.dot(a, p)))) * scale
-    _finish(total, y, bias, partials, arrived, row, token, M, N, splits, HAS_BIAS, SPLIT)
+    finish(
+        total, y, bias, xa, lora_b, ends, partials, arrived, row, token, M, N, splits,
+        HAS_BIAS, RANK, SLICES, SPLIT, INTERPRETED,
+    )  # fmt: skip
 
 
 @jit
@@ -149,6 +200,9 @@ def nf4_gemv_kernel(
     inner_absmax,
     offset,
     bias,
+    xa,
+    lora_b,
+    ends,
     y,
     partials,
     arrived,
@@ -161,6 +215,8 @@ def nf4_gemv_kernel(
     CHUNKS_A_BLOCK: tl.constexpr,
     INNER_BLOCKSIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr,
+    SLICES: tl.constexpr,
     PTX: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -188,4 +244,7 @@ def nf4_gemv_kernel(
             block = (first_chunk + chunk) // CHUNKS_A_BLOCK
             total += product * load_absmax(absmax, block, inner_code, inner_absmax, offset, INNER_BLOCKSIZE)[:, None]
     total = tl.sum(total, 1)[:, None]  # pyright: ignore
-    _finish(total, y, bias, partials, arrived, row, token, M, N, splits, HAS_BIAS, SPLIT)
+    finish(
+        total, y, bias, xa, lora_b, ends, partials, arrived, row, token, M, N, splits,
+        HAS_BIAS, RANK, SLICES, SPLIT, False,
+    )  # fmt: skip

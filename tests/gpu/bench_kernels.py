@@ -5,7 +5,7 @@
     python tests/gpu/bench_kernels.py --quick        # the default launches only
 
 Medians of CUDA event times with a cold L2 cache; GEMMs in a CUDA graph over enough copies of W to be cold. A case that
-fails prints its error and the rest goes on; the exit code is then 1. The sweep prints lines for `nf4_config.TUNED`.
+fails prints its error and the rest goes on; the exit code is then 1. The sweep prints lines for `nf4_launches.SHIPPED`.
 """
 
 from __future__ import annotations

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_tools import START, case, graph_microseconds, optional, random, random_weight
+from bench_tools import START, case, optional, random, random_weight
 from slothrl_kernels import Nf4Weight, nf4_dequantize, nf4_matmul
-from slothrl_kernels.nf4_config import Nf4Config, bucket, candidates, choose_config, complete
-from slothrl_kernels.switch import processors
+from slothrl_kernels.nf4_config import Nf4Config, bucket, candidates
+from slothrl_kernels.nf4_launches import choose_config
+from slothrl_kernels.nf4_tuning import cold_weights, fastest, graph_microseconds
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 ROWS = (1, 4, 16, 64, 128, 256)
@@ -39,29 +40,6 @@ def compile_candidates() -> None:
     print(f"{len(fields)} launches compiled, {len(errors)} refused, {time.time() - START:.0f} s\n" + "\n".join(errors))
 
 
-def best_launch(x, weights: list[Nf4Weight], exact, limit: float) -> tuple[float, Nf4Config]:
-    """The fastest right candidate, and around it other numbers of splits."""
-    (outputs, inputs), found = weights[0].shape, []
-    count = processors(x.device)
-
-    def attempt(config: Nf4Config) -> None:
-        config = complete(config, len(x), outputs, inputs, count)
-        with case(f"{len(x)} x {outputs} x {inputs} {config}"):
-            if (nf4_matmul(x, weights[0], config=config).float() - exact).norm() > 1e-2 * exact.norm():
-                raise ArithmeticError("WRONG result")
-            call = lambda i: nf4_matmul(x, weights[i], config=config)  # noqa: E731
-            found.append((graph_microseconds(call, len(weights), 3), config))
-
-    for config in candidates(len(x)):
-        if time.time() - START < limit:
-            attempt(config)
-    if found:
-        base = min(found, key=lambda pair: pair[0])[1]
-        for splits in {1, base.splits // 2, base.splits * 2, base.splits * 3} - {0, base.splits}:
-            attempt(Nf4Config(*base.fields()[:-1], splits))
-    return min(found, key=lambda pair: pair[0], default=(math.inf, choose_config(len(x), outputs, inputs, count)))
-
-
 def bitsandbytes_call(x: torch.Tensor, weights: list[Nf4Weight]) -> Callable[[int], Any] | None:
     matmul_4bit, state = optional("bitsandbytes", "matmul_4bit"), optional("bitsandbytes.functional", "QuantState")
     if not (matmul_4bit and state):
@@ -76,13 +54,13 @@ def bitsandbytes_call(x: torch.Tensor, weights: list[Nf4Weight]) -> Callable[[in
 def bench_case(
     name: str, rows: int, weights: list[Nf4Weight], dense: list[torch.Tensor], copy: float, limit: float
 ) -> str:
-    """Prints a row of the table; returns a line for TUNED where a candidate beats the default by 2%."""
+    """Prints a row of the table; returns a line for SHIPPED where a candidate beats the launch by 2%."""
     (outputs, inputs), count = weights[0].shape, len(weights)
     x = random(rows, inputs)
     default = best = graph_microseconds(lambda i: nf4_matmul(x, weights[i]), count)
-    config = choose_config(rows, outputs, inputs, processors(x.device))
+    config = choose_config(rows, outputs, inputs, x.device)
     if limit > 0:
-        found, chosen = best_launch(x, weights, x.float() @ dense[0].float().t(), limit)
+        found, chosen = fastest(rows, weights, lambda: time.time() - START < limit)
         best, config = (found, chosen) if found < default else (best, config)
     bandwidth = (outputs * inputs // 2 + outputs * inputs // 16) / best / 1e3
     cells = [default, best, 100 * bandwidth / copy, graph_microseconds(lambda i: F.linear(x, dense[i]), len(dense))]
@@ -106,10 +84,10 @@ def bench_gemm(copy: float, limit: float) -> None:
     tuned = []
     for name, (outputs, inputs) in SHAPES.items():
         size = outputs * inputs // 2
-        weights = [random_weight(outputs, inputs) for _ in range(max(2, math.ceil(2e8 / size)))]
+        weights = cold_weights(outputs, inputs)
         dense = [nf4_dequantize(weight) for weight in weights[: max(2, math.ceil(5e7 / size))]]
         for rows in ROWS:
             with case(f"{name} M={rows}"), torch.no_grad():
                 tuned.append(bench_case(name, rows, weights, dense, copy, limit))
     lines = [line for line in tuned if line]
-    print("\nTUNED = {\n" + "\n".join(lines) + "\n}" if lines else "\nno launch beats a default by 2%")
+    print("\nSHIPPED: {\n" + "\n".join(lines) + "\n}" if lines else "\nno launch beats the chosen one by 2%")

@@ -84,23 +84,3 @@ def random_weight(outputs: int, inputs: int) -> Nf4Weight:
     packed = torch.randint(256, (outputs * inputs // 2, 1), dtype=torch.uint8, device="cuda")
     absmax = torch.rand(outputs * inputs // 64, device="cuda") * 0.05 + 0.01
     return Nf4Weight(packed, absmax, torch.tensor(NF4_CODE, device="cuda"), (outputs, inputs))
-
-
-def graph_microseconds(call: Callable[[int], Any], copies: int, replays: int = 7) -> float:
-    """us a call: a graph of one call on each copy, median of some replays."""
-    stream, graph, times = torch.cuda.Stream(), torch.cuda.CUDAGraph(), []
-    with torch.cuda.stream(stream):
-        call(0)  # on the stream that captures: see nf4_matmul on CUDA graphs
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            for i in range(copies):
-                call(i)
-        graph.replay()
-        for _ in range(replays):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / copies)
-    return sorted(times)[replays // 2]

@@ -151,6 +151,27 @@ def test_matmul_in_a_cuda_graph(quantised_8b, rows, warm):
         assert torch.equal(y, nf4_matmul(x, weight))
 
 
+@pytest.mark.parametrize("rows", [1, 4, 16, 33, 64, 128, 256, 300])
+@pytest.mark.parametrize("sizes, inputs, rank", [((4096, 1024, 1024), 4096, 16), ((4096,), 14336, 8)])
+def test_matmul_with_lora(sizes, inputs, rank, rows):
+    """Under the error budget, and the same bits again from a CUDA graph."""
+    from slothrl_kernels import nf4_lora_matmul
+
+    from tests.kernels.test_nf4_lora import check_lora, lora_case
+
+    x, weight, lora, bias = lora_case(rows, sizes, inputs, rank, torch.bfloat16, "cuda")
+    check_lora(x, weight, lora, bias)
+    plain = nf4_lora_matmul(x, weight, lora, bias)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = nf4_lora_matmul(x, weight, lora, bias)
+    for _ in range(3):
+        captured.zero_()
+        graph.replay()
+        assert torch.equal(captured, plain)
+    assert lora.arrived is not None and not lora.arrived.any()
+
+
 def test_matmul_compiles(quantised_8b):
     from slothrl_kernels import nf4_matmul, nf4_matmul_reference
 

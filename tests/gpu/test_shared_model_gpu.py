@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 BOUND = 0.15  # bf16 rounding of two implementations, on random weights with peaked distributions
 
 
-def start(folder, quantization, eager=True):
+def start(folder, quantization, eager=True, view=False):
     """(engine, shared base, PEFT model) over one checkpoint."""
     from slothrl.vllm_engine import VLLMEngine, VLLMOptions
 
@@ -25,9 +25,8 @@ def start(folder, quantization, eager=True):
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     outline = get_peft_model(empty_model(str(folder), torch.float32), config, low_cpu_mem_usage=True)
     empty = empty_model(str(folder), torch.bfloat16)
-    options = VLLMOptions(
-        str(folder), 128, 8, quantization, gpu_memory_utilization=0.05, kv_cache_gb=1.0, enforce_eager=eager
-    )
+    more = {"gpu_memory_utilization": 0.05, "kv_cache_gb": 1.0, "enforce_eager": eager, "view": view}
+    options = VLLMOptions(str(folder), 128, 8, quantization, **more)
     engine = VLLMEngine(options, lora_shape(outline))
     shared = SharedModel(engine.vllm_model, empty)
     model = get_peft_model(shared.model, config)
@@ -76,6 +75,25 @@ def test_prequantized_checkpoint(tmp_path):
             assert torch.equal(weight.data.view(-1), expected.data.view(-1))
             same = dequantize_4bit(weight.data, weight.quant_state)
             assert torch.equal(same, dequantize_4bit(expected.data, expected.quant_state))
+    engine.close()
+
+
+def test_view_sleeps_and_follows(tmp_path):
+    """The 16-bit view of an nf4 base, in CUDA graphs: gone while asleep, and made anew from the LoRA of the day."""
+    engine, shared, model = start(make_checkpoint("qwen2", tmp_path), "bitsandbytes", eager=False, view=True)
+    check(engine, shared, model)
+    view, rows = engine.holdings()["16-bit view"], engine.logprobs(ROWS)
+    assert view == 2 * 2 * (256 * 128 + 128 * 128 + 512 * 128 + 128 * 256)
+    engine.sleep()
+    assert engine.holdings()["16-bit view"] == 0
+    with perturbed_lora(model, 0.1):
+        engine.push_lora()
+        greedy = engine.generate([ROWS[0]], Sampling(max_tokens=12, temperature=0.0))
+        row = ROWS[0] + greedy.completion_ids[0]
+        expected = model_logprobs(model, [row])[0][len(ROWS[0]) - 1 :]
+        assert (expected - torch.tensor(greedy.sampling_logprobs[0])).abs().mean() < BOUND
+    engine.push_lora()
+    assert mean_difference(engine.logprobs(ROWS), rows) < 0.01
     engine.close()
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
 
@@ -42,6 +43,22 @@ def test_auto_on_a_gpu_is_nf4_in_bfloat16(folder):
 
 def test_bfloat16_by_option(folder):
     assert load(folder, "none", "bfloat16")[1].dtype == torch.bfloat16
+
+
+def test_capped_attention_scores_are_capped(tmp_path):
+    """transformers' default attention leaves Gemma 2's cap out, and trains another function than the model's."""
+    from tests.families import make_checkpoint
+
+    path = str(make_checkpoint("gemma2", tmp_path, attn_logit_softcapping=0.5))
+    plan = plan_model(ModelConfig(name=path), "cpu")
+    ids = torch.arange(2, 60)[None]
+    ours = load_model(plan, "cpu")(ids).logits
+    eager = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")(ids).logits
+    default = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits
+    assert torch.equal(ours, eager)
+    assert (default - eager).abs().max() > 1e-2
+    named = plan_model(ModelConfig(name=path, attn_implementation="sdpa"), "cpu")
+    assert named.attn_implementation == "sdpa"
 
 
 def test_nf4_is_double_quantised_and_close(folder):

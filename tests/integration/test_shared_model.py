@@ -33,16 +33,18 @@ def plain_linears(monkeypatch):
     monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep)
 
 
-def start(folder, quantization, dtype="bfloat16", **lora):
+def start(folder, quantization, dtype="bfloat16", linear="slothrl", view=False, **lora):
     """(engine, shared base, PEFT model) over one checkpoint."""
     from slothrl.vllm_engine import VLLMEngine, VLLMOptions
 
     torch.manual_seed(0)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", **lora)
     outline = get_peft_model(empty_model(str(folder), torch.float32), config, low_cpu_mem_usage=True)
-    options = VLLMOptions(str(folder), 128, 8, quantization, dtype=dtype, enforce_eager=True, kv_cache_gb=0.1)
+    more = {"enforce_eager": True, "kv_cache_gb": 0.1, "linear": linear, "view": view}
+    options = VLLMOptions(str(folder), 128, 8, quantization, dtype=dtype, **more)
     empty = empty_model(str(folder), getattr(torch, dtype))
     engine = VLLMEngine(options, lora_shape(outline))
+    assert (engine.linear is None) == (linear == "vllm")
     shared = SharedModel(engine.vllm_model, empty)
     model = get_peft_model(shared.model, config)
     return engine.follow(model, tiny_tokenizer()), shared, model
@@ -71,11 +73,50 @@ def test_plain_families(family, dtype, tmp_path, plain_linears):
     engine.close()
 
 
-def test_prequantized_checkpoint(tmp_path):
+def test_view_of_an_nf4_base(tmp_path):
+    """Generating from 16-bit weights with the LoRA folded in: close to the policy, and new after every push."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    engine, shared, model = start(make_checkpoint("qwen2", tmp_path), "bitsandbytes", view=True)
+    check(engine, shared, model, bound=0.2)
+    layer = engine.vllm_model.model.layers[0].self_attn.qkv_proj
+    assert layer.view.shape == (256, 128) and layer.view.dtype == torch.bfloat16
+    projection = model.get_base_model().model.layers[0].self_attn.k_proj
+    with torch.no_grad():
+        projection.lora_B["default"].weight.normal_(0, 0.1)
+    engine.push_lora()
+    engine.logprobs(ROWS)
+    state = projection.base_layer.weight.quant_state
+    weight = dequantize_4bit(projection.base_layer.weight.data, state)
+    folded = weight.float() + projection.get_delta_weight("default").float()
+    assert (layer.view[128:192].float() - folded).abs().max() <= 2**-7 * folded.abs().max()
+    assert engine.holdings()["16-bit view"] == 2 * 2 * (256 * 128 + 128 * 128 + 512 * 128 + 128 * 256)
+    engine.close()
+
+
+@pytest.mark.parametrize("quantization", ["bitsandbytes", None])
+def test_vllms_own_layers(quantization, tmp_path, plain_linears):
+    """The same over vLLM's linear layers and its machinery for many adapters."""
+    engine, shared, model = start(make_checkpoint("qwen2", tmp_path), quantization, linear="vllm")
+    check(engine, shared, model, bound=0.1)
+    rows = engine.slot.llm.apply_model(lambda module: module)[0].lora_manager.lora_index_to_id
+    rows[engine.slot.index], kept = None, rows[engine.slot.index]
+    with pytest.raises(RuntimeError, match="moved the adapter out of its place, or dropped it"):
+        engine.push_lora()
+    rows[engine.slot.index] = kept
+    engine.close()
+
+
+@pytest.mark.parametrize("skipped", [[], ["lm_head", "model.layers.0.mlp.down_proj"]], ids=["whole", "in part"])
+def test_prequantized_checkpoint(skipped, tmp_path, plain_linears):
     """A bnb-4bit checkpoint with double quantisation: the shared weights are bit for bit what transformers loads."""
     plain = make_checkpoint("llama", tmp_path / "plain")
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16"
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype="bfloat16",
+        llm_int8_skip_modules=skipped or None,
     )
     loaded = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16, quantization_config=config)
     folder = tmp_path / "bnb-4bit"
@@ -251,15 +292,6 @@ def test_a_missing_projection_is_found(parts, monkeypatch):
         PolicyProbe(engine, model, ROWS, bound=0.1).perturbation_test()
     monkeypatch.undo()
     engine.push_lora()
-
-
-def test_dropped_adapters_are_noticed(parts):
-    engine = parts[0]
-    rows = engine.slot.llm.apply_model(lambda module: module)[0].lora_manager.lora_index_to_id
-    rows[engine.slot.index], kept = None, rows[engine.slot.index]
-    with pytest.raises(RuntimeError, match="moved the adapter out of its place, or dropped it"):
-        engine.push_lora()
-    rows[engine.slot.index] = kept
 
 
 def test_sleep_is_harmless_without_a_gpu(parts):

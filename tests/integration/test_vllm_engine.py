@@ -13,7 +13,7 @@ from slothrl.errors import PolicyMismatchError, UserError
 from slothrl.lora_slot import lora_shape
 from slothrl.probe import PolicyProbe, mean_difference, perturbed_lora
 from slothrl.random_state import random_state, set_random_state
-from slothrl.vllm_compat import lora_buffers
+from slothrl.vllm_linear import layer_loras
 
 pytestmark = [
     pytest.mark.vllm,
@@ -84,10 +84,11 @@ def test_push_in_place(parts):
     before = [(b.a_into.data_ptr(), b.b_into.data_ptr()) for b in engine.slot.buffers]
     with perturbed_lora(model, 0.05):
         engine.push_lora()
-        stacked = lora_buffers(engine.llm, engine.slot.index)["model.layers.0.self_attn.k_proj"][1]
+        stacked = layer_loras(engine.vllm_model)["model.layers.0.self_attn.k_proj"][0][1]
         source = model.get_base_model().model.layers[0].self_attn.k_proj
         b, scaling = source.lora_B["default"].weight, source.scaling["default"]
-        assert torch.allclose(stacked[:, : b.shape[1]], b * scaling)
+        assert torch.equal(stacked[:, : b.shape[1]], b * scaling)
+        assert not stacked[:, b.shape[1] :].any()
         assert scaling == 16 / 8**0.5  # rsLoRA
     engine.push_lora()
     assert before == [(b.a_into.data_ptr(), b.b_into.data_ptr()) for b in engine.slot.buffers]

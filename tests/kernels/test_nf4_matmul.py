@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 from slothrl_kernels import Nf4Weight, nf4_matmul, nf4_matmul_reference
-from slothrl_kernels.nf4_config import DEFAULTS, Nf4Config, bucket, candidates, choose_config, complete
+from slothrl_kernels.nf4_config import DEFAULTS, Nf4Config, bucket, candidates, complete
+from slothrl_kernels.nf4_launches import SHIPPED, cache_file, choose_config, found_launches, keep
 
 from tests.kernels.nf4_cases import quantized
 
@@ -143,7 +144,39 @@ def test_configs():
     for rows in DEFAULTS:
         assert DEFAULTS[rows] in candidates(rows) and len(candidates(rows)) <= 12
         for outputs, inputs in ((1, 64), (6144, 4096), (4096, 14336), (896, 4864)):
-            config = choose_config(rows, outputs, inputs, 132)
+            config = choose_config(rows, outputs, inputs, torch.device("cpu"))
             steps = inputs // 64 / config.chunks
             assert steps == int(steps) and 1 <= config.splits <= steps
     assert complete(Nf4Config(16, 64, 4), 16, 64, 64 * 6, 132).chunks == 2
+
+
+def test_winners_are_kept_by_gpu(tmp_path, monkeypatch):
+    """A file that is damaged, or of another GPU, is as good as none; writing keeps what others have."""
+    from slothrl_kernels import nf4_launches
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    name, device = ["one"], torch.device("cpu")
+    monkeypatch.setattr(nf4_launches, "gpu_key", lambda _: name[0])
+    found_launches.cache_clear()
+    assert found_launches(device) == {}
+    first, second = Nf4Config(16, 64, 2, 0, 4, 3, 5), Nf4Config(128, 128, 1, 1, 4, 3, 2)
+    keep({(4, 6144, 4096): first}, device)
+    name[0] = "two"
+    found_launches.cache_clear()
+    assert found_launches(device) == {}
+    keep({(256, 6144, 4096): second}, device)
+    assert found_launches(device) == {(256, 6144, 4096): second}
+    name[0] = "one"
+    found_launches.cache_clear()
+    assert found_launches(device) == {(4, 6144, 4096): first}
+    cache_file().write_text("{")
+    found_launches.cache_clear()
+    assert found_launches(device) == {}
+    found_launches.cache_clear()
+
+
+def test_shipped_launches_fit_their_shapes():
+    for winners in SHIPPED.values():
+        for (rows, outputs, inputs), config in winners.items():
+            assert bucket(rows) == rows and (inputs // 64) % config.chunks == 0
+            assert complete(config, rows, outputs, inputs, 132) == config

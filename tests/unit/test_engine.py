@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from slothrl.engine import Sampling, TransformersEngine, model_logprobs
+from slothrl.engine import Rollout, Sampling, TransformersEngine, model_logprobs
+from slothrl.rollout import wants_view
 from tests.helpers import tiny_model, tiny_tokenizer
 
 
@@ -89,3 +90,17 @@ def test_probe_after_pushes_keeps_to_its_share(monkeypatch):
         checked.append(probe.check_push() is not None)
     assert [10 * i for i, yes in enumerate(checked) if yes] == [0, 60, 120, 180]
     assert rows == [[2] * 24] * 4
+
+
+def test_occupancy_is_the_share_of_sequences_still_generating():
+    assert Rollout([[1, 2, 3, 4], [1], [1], [1, 2]]).occupancy == 8 / 16  # 4, 2, 1 and 1 of 4 in the four steps
+    assert Rollout([[1, 2], [3, 4]]).occupancy == 1.0
+    assert Rollout([[], []]).occupancy == 1.0
+
+
+def test_view_is_for_many_sequences_and_free_memory():
+    weights = 7_000_000_000
+    assert wants_view("bf16", weights, 1, 0) and not wants_view("nf4", weights, 512, 10**12)
+    assert wants_view("auto", weights, 256, 64 * 10**9)
+    assert not wants_view("auto", weights, 64, 64 * 10**9)
+    assert not wants_view("auto", weights, 256, 24 * 10**9)

@@ -1,0 +1,97 @@
+"""Which launch the nf4 GEMM takes: this user's winner for the GPU and shape, the one shipped, or the default.
+
+Winners are found by `nf4_tuning.tune` and kept in ~/.cache/slothrl/nf4_launches.json (or under XDG_CACHE_HOME), by GPU
+and Triton version.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from slothrl_kernels.nf4_config import DEFAULTS, Nf4Config, bucket, complete
+from slothrl_kernels.switch import processors
+
+Winners = dict[tuple[int, int, int], Nf4Config]  # by (rows bucket, N, K)
+
+# Llama-3-8B's projections, from tests/gpu/bench_kernels.py on 2026-11-22 (kernels/README.md).
+SHIPPED: dict[str, Winners] = {
+    "NVIDIA H100 80GB HBM3": {
+        (1, 6144, 4096): Nf4Config(1, 256, 1, 0, 4, 2, 16),
+        (4, 6144, 4096): Nf4Config(16, 64, 2, 0, 4, 3, 5),
+        (16, 6144, 4096): Nf4Config(16, 64, 2, 0, 4, 3, 5),
+        (64, 6144, 4096): Nf4Config(64, 128, 1, 0, 8, 3, 5),
+        (128, 6144, 4096): Nf4Config(128, 128, 1, 1, 4, 3, 4),
+        (256, 6144, 4096): Nf4Config(128, 128, 1, 1, 4, 3, 2),
+        (1, 4096, 4096): Nf4Config(1, 128, 2, 0, 2, 2, 16),
+        (4, 4096, 4096): Nf4Config(16, 64, 2, 0, 4, 3, 8),
+        (16, 4096, 4096): Nf4Config(16, 32, 2, 0, 2, 4, 4),
+        (64, 4096, 4096): Nf4Config(64, 64, 2, 0, 4, 3, 4),
+        (1, 28672, 4096): Nf4Config(1, 128, 2, 0, 2, 2, 6),
+        (4, 28672, 4096): Nf4Config(16, 128, 1, 0, 4, 4, 4),
+        (16, 28672, 4096): Nf4Config(16, 32, 2, 0, 2, 4, 1),
+        (64, 28672, 4096): Nf4Config(64, 128, 1, 1, 8, 4, 1),
+        (128, 28672, 4096): Nf4Config(128, 128, 1, 1, 4, 3, 1),
+        (256, 28672, 4096): Nf4Config(128, 128, 1, 1, 4, 3, 1),
+        (1, 4096, 14336): Nf4Config(1, 128, 2, 0, 2, 2, 16),
+        (4, 4096, 14336): Nf4Config(16, 64, 2, 0, 4, 3, 8),
+        (16, 4096, 14336): Nf4Config(16, 32, 2, 0, 2, 4, 4),
+        (64, 4096, 14336): Nf4Config(64, 128, 1, 0, 8, 3, 8),
+        (128, 4096, 14336): Nf4Config(128, 128, 1, 1, 4, 3, 8),
+        (256, 4096, 14336): Nf4Config(128, 128, 1, 1, 4, 3, 4),
+    }
+}
+
+
+@cache
+def choose_config(rows: int, outputs: int, inputs: int, device: torch.device) -> Nf4Config:
+    """The launch for X (rows, K=inputs) and W (N=outputs, K), splits filled in."""
+    key = bucket(rows), outputs, inputs
+    config = DEFAULTS[key[0]]
+    if device.type == "cuda":
+        shipped = SHIPPED.get(torch.cuda.get_device_name(device), {})
+        config = found_launches(device).get(key) or shipped.get(key) or config
+    return complete(config, rows, outputs, inputs, processors(device))
+
+
+def cache_file() -> Path:
+    """Where this user's winners are kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "slothrl" / "nf4_launches.json"
+
+
+def gpu_key(device: torch.device) -> str:
+    """Which GPU and Triton a winner is one for."""
+    import triton
+
+    return f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}"
+
+
+@cache
+def found_launches(device: torch.device) -> Winners:
+    """This user's winners for a GPU by (rows bucket, N, K); empty where nothing was tuned or the file is unreadable."""
+    try:
+        stored = json.loads(cache_file().read_text()).get(gpu_key(device), {})
+        return {(*map(int, key.split(",")),): Nf4Config(*fields) for key, fields in stored.items()}  # pyright: ignore
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def keep(best: Winners, device: torch.device) -> None:
+    """Write winners into the file, beside other GPUs'; whole or not at all."""
+    file = cache_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        stored = json.loads(file.read_text())
+    except (OSError, ValueError):
+        stored = {}
+    stored[gpu_key(device)] = {",".join(map(str, key)): config.fields() for key, config in best.items()}
+    new = file.with_suffix(f".{os.getpid()}")
+    new.write_text(json.dumps(stored, indent=1))
+    new.replace(file)
+    found_launches.cache_clear()
+    choose_config.cache_clear()
