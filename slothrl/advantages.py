@@ -126,3 +126,45 @@ def _nan_std(values: Tensor, dim: int) -> Tensor:
     squares = (values - mean).square().masked_fill(~present, 0.0).sum(dim=dim, keepdim=True)
     # A count of 1 gives 0 / 0 = NaN, and so an advantage of 0: one score is no comparison. So does a count of 0.
     return (squares / (count - 1).clamp(min=0)).sqrt()
+
+
+def rloo_advantages(rewards_per_function: Tensor, weights: Tensor, num_generations: int) -> Tensor:
+    """Leave-one-out (RLOO, arXiv:2402.14740, section 3.2): a reward minus the mean of its siblings', as in TRL 1.16.
+
+    Args:
+        rewards_per_function, weights, num_generations: as in `group_advantages`.
+
+    Returns:
+        (B,) float; 0 where unscorable, or alone in its group with a score.
+    """
+    groups = _groups_of(rewards_per_function, weights, num_generations)
+    others = (~groups.isnan()).sum(dim=1, keepdim=True) - 1
+    baseline = (groups.nansum(dim=1, keepdim=True) - groups) / others.clamp(min=1)
+    return (groups - baseline).masked_fill(others < 1, 0.0).nan_to_num(nan=0.0).flatten()
+
+
+def reinforce_pp_advantages(rewards_per_function: Tensor, weights: Tensor, num_generations: int) -> Tensor:
+    """REINFORCE++-baseline (arXiv:2501.03262, section 3.3): minus the group's mean, then over the batch's deviation.
+
+    The batch's mean, which the paper also takes away, is 0 after the first step.
+
+    Args:
+        rewards_per_function, weights, num_generations: as in `group_advantages`.
+
+    Returns:
+        (B,) float; 0 where unscorable.
+    """
+    groups = _groups_of(rewards_per_function, weights, num_generations)
+    centered = (groups - groups.nanmean(dim=1, keepdim=True)).flatten()
+    return (centered / (_nan_std(centered, 0) + STD_FLOOR)).nan_to_num(nan=0.0)
+
+
+def _groups_of(rewards_per_function: Tensor, weights: Tensor, num_generations: int) -> Tensor:
+    """(B, K) -> (B / G, G) weighted sums, NaN where unscorable."""
+    _check(rewards_per_function, weights, num_generations, "none", AGGREGATIONS[0])
+    unscorable = rewards_per_function.isnan().all(dim=1)
+    return _weighted_sum(rewards_per_function, weights.to(rewards_per_function), unscorable).view(-1, num_generations)
+
+
+# (rewards per function (B, K), weights (K,), num_generations) -> (B,); beside TRL's own, which is `group_advantages`.
+ADVANTAGES = {"rloo": rloo_advantages, "reinforce_pp": reinforce_pp_advantages}

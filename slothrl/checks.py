@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from slothrl.config import Config
 from slothrl.data import static_data_problems
 from slothrl.embedded import EMBEDDED, context_of
+from slothrl.plugins import static_plugin_problems
 from slothrl.rewards import static_reward_problems
 from slothrl.trainer_fields import trainer_fields
 
@@ -23,6 +24,8 @@ MINIMA = {
     "num_generations": 2,
     "max_completion_length": 1,
 }
+COUNTS = ("reward.score_samples", "packing.tokens_per_micro_batch", "dynamic_sampling.max_resamples")
+COUNTS += ("diagnosis.stop_after",)
 GENERATION = ("generation_batch_size", "steps_per_generation")
 CHOICES = {
     "model.quantization": ("auto", "nf4", "int8", "none"),
@@ -36,6 +39,9 @@ CHOICES = {
     "gpu.device": ("cpu", "cuda"),
     "reward.on_failure": ("mask", "zero", "abort"),
     "algo.trainer": ("grpo", "sft"),
+    "algo.kl": ("k1", "k2", "k3"),
+    "packing.mode": ("auto", "on", "off"),
+    "packing.shared_prefix": ("auto", "always", "never"),
     "trainer.loss_type": None,  # per trainer, below
     "trainer.scale_rewards": ("group", "batch", "none", True, False),
     "trainer.importance_sampling_level": ("token", "sequence"),
@@ -82,6 +88,7 @@ def problems(config: Config | DictConfig, anywhere: bool = False) -> list[str]:
         found += static_reward_problems(config.reward)
     if config.algo.trainer == "grpo" and not config.reward.functions:
         found.append("reward.functions is empty: name at least one, as in 'reward.functions=[./my_reward.py:fn]'")
+    found += static_plugin_problems(config.algo)
     found += _model_problems(config) + ([] if anywhere else _device_problems(config)) + _path_problems(config)
     return list(dict.fromkeys(found))
 
@@ -129,7 +136,7 @@ def _trainer_problems(kind: str, trainer: dict[str, Any]) -> list[str]:
 
 def _ranges(config: Any) -> list[str]:
     found = []
-    for key in ("model.lora.r", "logger.samples_every", "reward.workers", "max_nonfinite_steps"):
+    for key in ("model.lora.r", "logger.samples_every", "reward.workers", "max_nonfinite_steps", "diagnosis.every"):
         if (value := OmegaConf.select(config, key)) < 1:
             found.append(f"{key}={value}: must be at least 1")
     for key in ("reward.timeout", "reward.memory_gb", "rollout.timeout"):
@@ -138,8 +145,9 @@ def _ranges(config: Any) -> list[str]:
     for value in config.reward.weights or []:
         if not abs(value) < float("inf"):  # NaN too
             found.append(f"reward.weights={list(config.reward.weights)}: {value} is no finite number")
-    if (value := config.reward.score_samples) < 0:
-        found.append(f"reward.score_samples={value}: must be 0 or more")
+    for key in COUNTS:
+        if (value := OmegaConf.select(config, key)) < 0:
+            found.append(f"{key}={value}: must be 0 or more")
     if not 0 <= (value := config.reward.max_failure_rate) <= 1:
         found.append(f"reward.max_failure_rate={value}: must be in [0, 1]")
     for key in ("rollout.gpu_memory_utilization", "model.lora.lora_dropout"):

@@ -106,6 +106,33 @@ class LoggerConfig:
 class AlgoConfig:
     name: str = MISSING
     trainer: str = MISSING  # grpo or sft: which trainer class runs it
+    loss: str | None = None  # gspo, gspo_token, rloo, or your own: pkg.mod:fn, ./file.py:fn; default: trainer.loss_type
+    advantage: str | None = None  # rloo, reinforce_pp, or your own; default: the group's, as trainer.scale_rewards says
+    kl: str = "k3"  # estimator of the KL term that trainer.beta weighs: k1, k2, k3
+
+
+@dataclass
+class PackingConfig:
+    """How a step's completions become micro-batches (`slothrl.packing`)."""
+
+    mode: str = "auto"  # auto, on (or refuse), off
+    shared_prefix: str = "auto"  # one prompt for its completions: auto (where it pays), always, never
+    tokens_per_micro_batch: int = 0  # 0: from free memory on a GPU, 4,096 on a CPU
+
+
+@dataclass
+class DynamicSamplingConfig:
+    """Groups whose completions all got one reward are sampled again (DAPO, arXiv:2503.14476, section 3.2)."""
+
+    max_resamples: int = 0  # times a generation batch; 0: never
+
+
+@dataclass
+class DiagnosisConfig:
+    """What is said about a step that goes wrong while it trains (`slothrl.step_findings`)."""
+
+    every: int = 25  # steps until the same is said again
+    stop_after: int = 0  # bad steps in a row that end the run; 0: never
 
 
 @dataclass
@@ -119,6 +146,9 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
+    diagnosis: DiagnosisConfig = field(default_factory=DiagnosisConfig)
     trainer: Any = field(default_factory=dict)
     seed: int = 0
     output_dir: str | None = None  # default: Hydra's run folder

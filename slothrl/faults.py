@@ -69,17 +69,19 @@ def _memory_report(error: BaseException, trainer: Any, engine: str, phase: str) 
     lines += ["held at that moment:"]
     lines += [f"  {holding.name}: {size(holding.bytes)} ({holding.detail})" for holding in held]
     lines += ["either would help:"]
-    lines += [f"  {setting}" for setting in remedies(phase, trainer.args, engine)[:2]]
+    packed = getattr(trainer, "micro_batch_tokens", 0)
+    lines += [f"  {setting}" for setting in remedies(phase, trainer.args, engine, packed)[:2]]
     return "\n".join(lines)
 
 
-def remedies(phase: str, args: Any, engine: str) -> list[str]:
+def remedies(phase: str, args: Any, engine: str, packed: int = 0) -> list[str]:
     """Settings that lower the memory of `phase`, the most helpful first, with values that follow from `args`.
 
     Args:
         args: TRL's config of the run.
+        packed: tokens of a micro-batch where updates are packed; 0 where they are padded.
     """
-    micro_batch = _smaller_micro_batch(args)
+    micro_batch = _fewer_tokens(packed) if packed else _smaller_micro_batch(args)
     shorter = _shorter(args)
     if phase == ROLLOUT and engine == "vllm":
         first = ["rollout.gpu_memory_utilization=… lower: vLLM's share leaves too little for the rest", shorter]
@@ -102,6 +104,11 @@ def _setting(args: Any, name: str, value: Any, why: str) -> str:
     now = getattr(args, name, None)
     current = getattr(now, "value", now)  # an enum's
     return "" if current == value else f"trainer.{name}={str(value).lower()} (now {current}): {why}"
+
+
+def _fewer_tokens(tokens: int) -> str:
+    fewer = max(1, tokens // 2)
+    return f"packing.tokens_per_micro_batch={fewer} (now {tokens}): the same step in smaller micro-batches"
 
 
 def _smaller_micro_batch(args: Any) -> str:

@@ -52,8 +52,13 @@ def fingerprint(prepared: Prepared, arguments: Any) -> dict[str, Any]:
 
 
 def settings(prepared: Prepared) -> dict[str, Any]:
-    """The trainer fields of a run: a change of these is said and allowed."""
-    return json.loads(json.dumps(set_fields(prepared.config.trainer), default=str))
+    """The trainer fields of a run and what else makes its updates: a change of these is said and allowed."""
+    config = prepared.config
+    found = {f"trainer.{name}": value for name, value in set_fields(config.trainer).items()}
+    for name in ("algo", "packing", "dynamic_sampling"):
+        section = OmegaConf.to_container(OmegaConf.structured(getattr(config, name)), resolve=True)
+        found.update({f"{name}.{key}": value for key, value in dict(section).items()})  # pyright: ignore
+    return json.loads(json.dumps(found, default=str))
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

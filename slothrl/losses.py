@@ -11,21 +11,39 @@ what that something is makes half of the difference between the variants; the ot
 | dapo      | the same, clip_high > clip_low; DAPO (arXiv:2503.14476)   | tokens of the generation batch       |
 | cispo     | capped, detached ratio; MiniMax-M1 (arXiv:2506.13585)     | tokens of the generation batch       |
 | sapo      | sigmoid gate on the ratio; SAPO (arXiv:2511.20347)        | tokens of a sequence, then sequences |
+| gspo      | clipped ratio of a sequence; GSPO (arXiv:2507.18071), 5   | sequences                            |
+| gspo_token| the same, gradient and advantage of a token; GSPO, eq. 13 | tokens of a sequence, then sequences |
+| rloo      | clipped product of a sequence's ratios; (arXiv:2402.14740)| sequences                            |
 
-GSPO (arXiv:2507.18071, eq. 5 and 7) is `loss_type="grpo", level="sequence"`. The numbers equal TRL 1.16's
-`_compute_loss` before its division by gradient-accumulation steps, which is the caller's business.
+The numbers equal TRL 1.16's `_compute_loss` before its division by gradient-accumulation steps, which is the caller's
+business. Whatever the mean is over, the loss is a sum of a term a token times a weight a sequence (`row_weights`):
+taken from the whole batch, the weights make the sum the same however the batch is cut into micro-batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-Normalizer = Tensor | float | None
-SAMPLING_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+from slothrl.loss_terms import (
+    Normalizer,
+    Surrogate,
+    cispo,
+    clipped,
+    kl_estimate,
+    of_fixed_length,
+    of_generation_tokens,
+    of_sequences,
+    of_tokens,
+    policy_ratio,
+    sapo,
+)
+
+LEVELS = ("token", "sequence", "sequence_token", "product")
+KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 @dataclass(frozen=True)
@@ -41,6 +59,8 @@ class LossInputs:
         ref_logprobs: (B, T) float, of the reference policy; needed when `beta` is not 0.
         importance_ratio: (B, T) or (B, 1) float, the sampler's correction (`sampling_importance_ratio`), multiplied
             into the policy term but not into the KL term.
+        policy_mask: (B, T) or (B, 1), 1 where the policy term counts (`top_entropy_mask`, `off_policy_mask`); it leaves
+            the KL term and the mean's divisor alone. None: wherever `mask` is 1.
     """
 
     logprobs: Tensor
@@ -49,6 +69,11 @@ class LossInputs:
     mask: Tensor
     ref_logprobs: Tensor | None = None
     importance_ratio: Tensor | None = None
+    policy_mask: Tensor | None = None
+
+
+# (cleared inputs, config) -> (B, T) or (B, 1), a policy term with gradient.
+CustomLoss = Callable[["LossInputs", "LossConfig"], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +83,22 @@ class LossConfig:
     Args:
         max_completion_length: tokens; the constant divisor of dr_grpo.
         loss_type: a key of `VARIANTS`.
-        level: the ratio's level (`importance_sampling_level`): of each token, or the geometric mean of a sequence's.
+        level: the ratio's level (`importance_sampling_level`), where the variant has none of its own: of each token;
+            the geometric mean of a sequence's; that mean's value with each token's gradient; the product.
         clip_low: `epsilon`; the ratio is held above 1 - clip_low.
         clip_high: `epsilon_high`; the ratio is held under 1 + clip_high, but for cispo under clip_high itself.
         delta: upper bound of the unclipped branch only (two-sided clipping, INTELLECT-2, arXiv:2505.07291); None: none.
         beta: weight of the KL term.
+        kl: the estimator of KL(policy || reference) at a token (Schulman, "Approximating KL Divergence"), with
+            d = ref_logprob - logprob: k1 = -d, k2 = d^2 / 2, k3 = exp(d) - d - 1. TRL has k3 only.
         kl_times_ratio: `use_bias_correction_kl`; multiply KL by the ratio (DeepSeek-V3.2, arXiv:2512.02556).
         sapo_temperature_pos: the gate's slope where the advantage is positive.
         sapo_temperature_neg: the same where it is not.
+        custom: a policy term in place of the variant's; the mean stays `loss_type`'s. It may look at whole sequences
+            and not across them, since the batch may come in parts.
 
     Raises:
-        ValueError: an unknown loss_type or level, or a max_completion_length below 1.
+        ValueError: an unknown loss_type, level or KL estimator, or a max_completion_length below 1.
     """
 
     max_completion_length: int
@@ -78,15 +108,19 @@ class LossConfig:
     clip_high: float = 0.2
     delta: float | None = None
     beta: float = 0.0
+    kl: str = "k3"
     kl_times_ratio: bool = True
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
+    custom: CustomLoss | None = None
 
     def __post_init__(self) -> None:
         if self.loss_type not in VARIANTS:
             raise ValueError(f"loss_type {self.loss_type!r} is not one of {', '.join(VARIANTS)}")
-        if self.level not in ("token", "sequence"):
-            raise ValueError(f"level {self.level!r} is not one of token, sequence")
+        if self.level not in LEVELS:
+            raise ValueError(f"level {self.level!r} is not one of {', '.join(LEVELS)}")
+        if self.kl not in KL_ESTIMATORS:
+            raise ValueError(f"kl {self.kl!r} is not one of {', '.join(KL_ESTIMATORS)}")
         if self.max_completion_length < 1:
             raise ValueError(f"max_completion_length must be at least 1 token, not {self.max_completion_length}")
 
@@ -109,81 +143,52 @@ class LossOutput:
 
 
 @dataclass(frozen=True)
-class Surrogate:
-    """A variant's policy term and where it was bounded: (B, T), or (B, 1) at sequence level."""
-
-    loss: Tensor
-    low_clipped: Tensor
-    high_clipped: Tensor
-
-
-def _clipped(ratio: Tensor, advantages: Tensor, logprobs: Tensor, config: LossConfig) -> Surrogate:
-    low, high = 1 - config.clip_low, 1 + config.clip_high
-    # delta bounds what min() picks when the advantage is negative; the clipped branch keeps its own bounds.
-    unclipped = ratio if config.delta is None else ratio.clamp(max=config.delta)
-    loss = -torch.min(unclipped * advantages, ratio.clamp(low, high) * advantages)
-    return Surrogate(loss, (unclipped < low) & (advantages < 0), (unclipped > high) & (advantages > 0))
-
-
-def _cispo(ratio: Tensor, advantages: Tensor, logprobs: Tensor, config: LossConfig) -> Surrogate:
-    # Detached: every token keeps its gradient, only its weight is bounded. The bound is absolute, not 1 + clip_high.
-    loss = -ratio.clamp(max=config.clip_high).detach() * advantages * logprobs
-    high_clipped = (ratio > config.clip_high) & (advantages > 0)
-    return Surrogate(loss, torch.zeros_like(high_clipped), high_clipped)
-
-
-def _sapo(ratio: Tensor, advantages: Tensor, logprobs: Tensor, config: LossConfig) -> Surrogate:
-    temperature = torch.where(advantages > 0, config.sapo_temperature_pos, config.sapo_temperature_neg)
-    # 4 / temperature makes the slope at ratio 1 that of the plain ratio.
-    loss = -torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantages
-    never = torch.zeros_like(loss, dtype=torch.bool)
-    return Surrogate(loss, never, never)
-
-
-def _mean_over_sequences(loss: Tensor, mask: Tensor, config: LossConfig, normalizer: Normalizer) -> Tensor:
-    return ((loss * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
-
-
-def _mean_over_tokens(loss: Tensor, mask: Tensor, config: LossConfig, normalizer: Normalizer) -> Tensor:
-    return (loss * mask).sum() / mask.sum().clamp(min=1.0)
-
-
-def _over_fixed_length(loss: Tensor, mask: Tensor, config: LossConfig, normalizer: Normalizer) -> Tensor:
-    return (loss * mask).sum() / (loss.size(0) * config.max_completion_length)
-
-
-def _over_generation_tokens(loss: Tensor, mask: Tensor, config: LossConfig, normalizer: Normalizer) -> Tensor:
-    if normalizer is None:
-        normalizer = mask.sum().clamp(min=1.0)
-    return (loss * mask).sum() / normalizer
-
-
-@dataclass(frozen=True)
 class Variant:
-    """One policy loss: how the ratio becomes a loss a token, and what the mean is taken over."""
+    """One policy loss: how the ratio becomes a loss a token, what the mean is over, and the ratio's level.
+
+    Where an advantage is 0, the policy term and its gradient are 0 in all of them.
+    """
 
     surrogate: Callable[[Tensor, Tensor, Tensor, LossConfig], Surrogate]
-    aggregate: Callable[[Tensor, Tensor, LossConfig, Normalizer], Tensor]
+    weights: Callable[[Tensor, LossConfig, Normalizer], Tensor]
+    level: str | None = None  # None: the config's
 
 
 VARIANTS: dict[str, Variant] = {
-    "grpo": Variant(_clipped, _mean_over_sequences),
-    "bnpo": Variant(_clipped, _mean_over_tokens),
-    "dr_grpo": Variant(_clipped, _over_fixed_length),
-    "dapo": Variant(_clipped, _over_generation_tokens),
-    "cispo": Variant(_cispo, _over_generation_tokens),
-    "sapo": Variant(_sapo, _mean_over_sequences),
+    "grpo": Variant(clipped, of_sequences),
+    "bnpo": Variant(clipped, of_tokens),
+    "dr_grpo": Variant(clipped, of_fixed_length),
+    "dapo": Variant(clipped, of_generation_tokens),
+    "cispo": Variant(cispo, of_generation_tokens),
+    "sapo": Variant(sapo, of_sequences),
+    "gspo": Variant(clipped, of_sequences, "sequence"),
+    "gspo_token": Variant(clipped, of_sequences, "sequence_token"),
+    "rloo": Variant(clipped, of_sequences, "product"),
 }
 
 
-def policy_loss(inputs: LossInputs, config: LossConfig, normalizer: Normalizer = None) -> LossOutput:
-    """The loss of one batch under `config.loss_type`.
+def row_weights(mask: Tensor, config: LossConfig, normalizer: Normalizer = None) -> Tensor:
+    """What each token of a sequence weighs in the loss: (B, 1), for the whole batch that the mean is over.
+
+    Args:
+        mask: (B, T) as in `LossInputs`.
+        normalizer: as in `policy_loss`.
+    """
+    weights = mask if mask.is_floating_point() else mask.float()
+    return VARIANTS[config.loss_type].weights(weights, config, normalizer)
+
+
+def policy_loss(
+    inputs: LossInputs, config: LossConfig, normalizer: Normalizer = None, weights: Tensor | None = None
+) -> LossOutput:
+    """The loss of one batch, or of a part of one, under `config.loss_type`.
 
     Args:
         inputs: shapes and dtypes as in `LossInputs`.
         config: the variant and its knobs.
         normalizer: tokens; what dapo and cispo divide by: completion tokens of the whole generation batch, scaled by
             the caller to the share that one optimizer step sees. None: this batch's tokens. Others ignore it.
+        weights: (B, 1), these sequences' rows of the whole batch's `row_weights`; None: these are the whole batch.
 
     Returns:
         LossOutput, in the dtype of `inputs.logprobs`.
@@ -191,21 +196,17 @@ def policy_loss(inputs: LossInputs, config: LossConfig, normalizer: Normalizer =
     Raises:
         ValueError: `beta` is not 0 and there are no `ref_logprobs`.
     """
-    ignored = inputs.mask == 0  # (B, T)
-    mask = inputs.mask.to(inputs.logprobs.dtype)
-    # Padding may hold anything; cleared here, since inf * 0 further down would be NaN.
-    logprobs = inputs.logprobs.masked_fill(ignored, 0.0)
-    ratio = _ratio(logprobs - inputs.old_logprobs.masked_fill(ignored, 0.0), mask, config.level)
-    advantages = inputs.advantages.unsqueeze(1) if inputs.advantages.dim() == 1 else inputs.advantages
-
-    variant = VARIANTS[config.loss_type]
-    surrogate = variant.surrogate(ratio, advantages, logprobs, config)
+    inputs = _cleared(inputs)
+    logprobs, mask = inputs.logprobs, inputs.mask
+    ratio = policy_ratio(logprobs - inputs.old_logprobs, mask, VARIANTS[config.loss_type].level or config.level)
+    surrogate = _surrogate(ratio, inputs, config)
     per_token_loss = surrogate.loss.expand_as(logprobs)
-    if inputs.importance_ratio is not None:
-        per_token_loss = per_token_loss * inputs.importance_ratio
+    for factor in (inputs.policy_mask, inputs.importance_ratio):
+        if factor is not None:
+            per_token_loss = per_token_loss * factor
     kl = None
     if config.beta != 0.0:
-        kl = _kl(logprobs, inputs.ref_logprobs, ignored) * (ratio if config.kl_times_ratio else 1.0)
+        kl = kl_estimate(logprobs, inputs.ref_logprobs, config.kl) * (ratio if config.kl_times_ratio else 1.0)
         per_token_loss = per_token_loss + config.beta * kl
 
     metrics: dict[str, Tensor | None] = {
@@ -214,60 +215,29 @@ def policy_loss(inputs: LossInputs, config: LossConfig, normalizer: Normalizer =
         "low_clipped": surrogate.low_clipped,
         "high_clipped": surrogate.high_clipped,
     }
-    return LossOutput(variant.aggregate(per_token_loss, mask, config, normalizer), per_token_loss, metrics)
+    weights = row_weights(mask, config, normalizer) if weights is None else weights
+    return LossOutput((per_token_loss * mask * weights).sum(), per_token_loss, metrics)
 
 
-def _ratio(log_ratio: Tensor, mask: Tensor, level: str) -> Tensor:
-    """(B, T) log-ratios, 0 where masked -> ratios: (B, T), or at sequence level (B, 1), their geometric mean."""
-    if level == "sequence":
-        log_ratio = (log_ratio.sum(-1) / mask.sum(-1).clamp(min=1.0)).unsqueeze(-1)
-    return log_ratio.exp()
+def _cleared(inputs: LossInputs) -> LossInputs:
+    """The same with a float mask, advantages (B, 1) or (B, T), and zeros in the padding, where inf * 0 would be NaN."""
+    ignored, advantages = inputs.mask == 0, inputs.advantages
+    return replace(
+        inputs,
+        logprobs=inputs.logprobs.masked_fill(ignored, 0.0),
+        old_logprobs=inputs.old_logprobs.masked_fill(ignored, 0.0),
+        ref_logprobs=None if inputs.ref_logprobs is None else inputs.ref_logprobs.masked_fill(ignored, 0.0),
+        mask=inputs.mask.to(inputs.logprobs.dtype),
+        advantages=advantages.unsqueeze(1) if advantages.dim() == 1 else advantages,
+    )
 
 
-def _kl(logprobs: Tensor, ref_logprobs: Tensor | None, ignored: Tensor) -> Tensor:
-    """(B, T) nats: the k3 estimate of KL(policy || reference) (Schulman, "Approximating KL Divergence")."""
-    if ref_logprobs is None:
-        raise ValueError("beta is not 0, so the loss has a KL term and needs ref_logprobs")
-    difference = ref_logprobs.masked_fill(ignored, 0.0) - logprobs
-    return difference.exp() - difference - 1
-
-
-def sampling_importance_ratio(
-    old_logprobs: Tensor,
-    sampling_logprobs: Tensor,
-    mask: Tensor,
-    mode: str = "token_truncate",
-    clip_max: float | None = 3.0,
-    clip_min: float | None = None,
-) -> Tensor:
-    """Ratio of the training engine's probabilities to the sampler's, bounded (truncated importance sampling).
-
-    After Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (truncate), and Liu et
-    al., "When Speed Kills Stability" (mask). A sequence's ratio is a product over tokens: long completions leave the
-    bounds easily, and in sequence_mask that takes the whole sequence out of the loss.
-
-    Args:
-        old_logprobs: (B, T) float, by the training engine.
-        sampling_logprobs: (B, T) float, by the engine that sampled; NaN where it gave none, counted as a ratio of 1.
-        mask: (B, T); 1 on the tokens that count.
-        mode: truncate clamps to [clip_min, clip_max], mask sets 0 outside of it; a token's ratio or a sequence's.
-        clip_max, clip_min: bounds of the ratio; None: no such bound.
-
-    Returns:
-        token modes (B, T), 1 before bounding where masked; sequence modes (B, 1). Without gradient.
-
-    Raises:
-        ValueError: an unknown mode.
-    """
-    if mode not in SAMPLING_MODES:
-        raise ValueError(f"importance-sampling mode {mode!r} is not one of {', '.join(SAMPLING_MODES)}")
-    log_ratio = (old_logprobs - sampling_logprobs).detach()
-    log_ratio = log_ratio.masked_fill((mask == 0) | log_ratio.isnan(), 0.0)
-    if mode.startswith("sequence"):
-        log_ratio = log_ratio.sum(-1, keepdim=True)
-    ratio = log_ratio.exp()
-    low = float("-inf") if clip_min is None else clip_min
-    high = float("inf") if clip_max is None else clip_max
-    if mode.endswith("truncate"):
-        return ratio.clamp(low, high)
-    return ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
+def _surrogate(ratio: Tensor, inputs: LossInputs, config: LossConfig) -> Surrogate:
+    if config.custom is None:
+        return VARIANTS[config.loss_type].surrogate(ratio, inputs.advantages, inputs.logprobs, config)
+    loss = config.custom(inputs, config)
+    if loss.shape not in (inputs.logprobs.shape, inputs.logprobs[:, :1].shape):
+        want = tuple(inputs.logprobs.shape)
+        raise ValueError(f"the custom loss returned {tuple(loss.shape)}, not {want} or one value a sequence")
+    never = torch.zeros_like(loss, dtype=torch.bool)
+    return Surrogate(loss, never, never)

@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from slothrl.algorithm import Algorithm, open_algorithm
 from slothrl.checks import set_fields
 from slothrl.config import Config, DataConfig
 from slothrl.data import PromptReport, build_prompts, build_sft, load_data
@@ -29,6 +30,7 @@ class Prepared:
         eval_loss: held-out rows for SFT's loss.
         eval_rows: held-out rows with a `prompt`, to be completed greedily and scored by `score`.
         score: the function of the held-out score; None where there is none.
+        algorithm: loss and advantage beyond TRL's arguments, tried out.
     """
 
     config: Config
@@ -42,6 +44,7 @@ class Prepared:
     model: ModelPlan
     tokenizer: Any
     engine: EngineChoice
+    algorithm: Algorithm
 
     @property
     def chat_template_kwargs(self) -> dict[str, Any]:
@@ -72,6 +75,7 @@ def prepare(config: Config, output_dir: Path | None = None, engine: EngineChoice
     rewards = open_rewards(config.reward, output_dir) if config.reward.functions else []
     if not sft and not rewards:
         raise ConfigError(["reward.functions is empty: name at least one, as in reward.functions=[./my_reward.py:fn]"])
+    algorithm = open_algorithm(config.algo)
     splits = load_data(config.data)
     model = plan_model(config.model, config.gpu.device)
     tokenizer = load_tokenizer(model)
@@ -99,6 +103,7 @@ def prepare(config: Config, output_dir: Path | None = None, engine: EngineChoice
         model=model,
         tokenizer=tokenizer,
         engine=engine,
+        algorithm=algorithm,
     )
 
 

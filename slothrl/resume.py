@@ -152,7 +152,7 @@ def settle(
         place: a run folder or a checkpoint.
         output_dir: the run folder that goes on; its later checkpoints and log lines are put away.
         made_of: `fingerprint` of the run as it is now.
-        settings: its trainer fields.
+        settings: its trainer fields and what else makes its updates.
         changed: go on although `made_of` differs.
 
     Raises:
@@ -166,7 +166,7 @@ def settle(
             raise UserError(_refusal(path, different))
         console.print(f"resume_changed: {'; '.join(different)}", markup=False, style="yellow")
     for line in differences(manifest.get("settings") or settings, settings):
-        console.print(f"changed since {path.name}: trainer.{line}", markup=False)
+        console.print(f"changed since {path.name}: {line}", markup=False)
     step = int(manifest["step"])
     console.print(f"going on from {path.name}: every file verified", markup=False)
     if path.absolute().parent == output_dir.absolute():

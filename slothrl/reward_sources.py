@@ -19,7 +19,9 @@ from typing import Any
 
 from slothrl.errors import UserError
 
+KIND = "reward function"
 GROUP = "slothrl.rewards"
+GROUPS = {KIND: GROUP, "loss": "slothrl.losses", "advantage": "slothrl.advantages"}  # of entry points
 # pyproject.toml's entry points once more (name: module), so that they resolve where nothing is installed.
 BUILTIN = {
     "exact_match": "exact",
@@ -49,13 +51,15 @@ class RewardSpec:
     function: str  # also its key in reward.params
     module: str | None = None
     path: Path | None = None
+    kind: str = KIND  # in messages; losses and advantages are named and loaded the same way
 
 
-def parse(text: str, root: Path | None = None) -> RewardSpec:
+def parse(text: str, root: Path | None = None, kind: str = KIND) -> RewardSpec:
     """Take a name apart; nothing is looked up.
 
     Args:
         text: an entry point's name, `pkg.mod:function` or `./file.py:function`.
+        kind: a key of `GROUPS`.
         root: folder that a relative path starts from; default: the current one.
 
     Raises:
@@ -63,13 +67,13 @@ def parse(text: str, root: Path | None = None) -> RewardSpec:
     """
     place, colon, function = str(text).strip().rpartition(":")
     if not colon and function and "/" not in function and not function.endswith(".py"):
-        return RewardSpec(text, function)
+        return RewardSpec(text, function, kind=kind)
     if function.isidentifier() and place.endswith(".py"):
-        return RewardSpec(text, function, path=(root or Path.cwd()) / Path(place).expanduser())
+        return RewardSpec(text, function, path=(root or Path.cwd()) / Path(place).expanduser(), kind=kind)
     if function.isidentifier() and all(part.isidentifier() for part in place.split(".")):
-        return RewardSpec(text, function, module=place)
+        return RewardSpec(text, function, module=place, kind=kind)
     hint = f" (the function's name is missing: {text}:my_function)" if function.endswith(".py") else ""
-    raise UserError(f"reward function {text!r} is neither an entry point's name nor {FORMS}{hint}")
+    raise UserError(f"{kind} {text!r} is neither an entry point's name nor {FORMS}{hint}")
 
 
 def check_static(spec: RewardSpec) -> None:
@@ -149,32 +153,32 @@ def set_up(spec: RewardSpec, function: Any) -> None:
         hook()
     except (Exception, SystemExit) as error:
         where = place(error, hook.__code__.co_filename)
-        raise UserError(f"reward function {spec.text!r}: setup() raised {told(error)} ({where})") from error
+        raise UserError(f"{spec.kind} {spec.text!r}: setup() raised {told(error)} ({where})") from error
 
 
 def _entry_point(spec: RewardSpec) -> EntryPoint:
-    name = spec.function
-    if name in BUILTIN:  # before the scan: fast, and nobody else can take a built-in's name
+    name, group, builtin = spec.function, GROUPS[spec.kind], BUILTIN if spec.kind == KIND else {}
+    if name in builtin:  # before the scan: fast, and nobody else can take a built-in's name
         return EntryPoint(name, f"slothrl_rewards.{BUILTIN[name]}:{name}", GROUP)
-    points = {point.name: point for point in entry_points(group=GROUP)}
-    offers = {point.value for point in entry_points(group=GROUP, name=name)}
+    points = {point.name: point for point in entry_points(group=group)}
+    offers = {point.value for point in entry_points(group=group, name=name)}
     if len(offers) > 1:
-        raise UserError(f"reward function {name!r} is offered more than once; name one: {', '.join(sorted(offers))}")
+        raise UserError(f"{spec.kind} {name!r} is offered more than once; name one: {', '.join(sorted(offers))}")
     if not offers:
-        known = sorted({*BUILTIN, *points})
+        known = sorted({*builtin, *points})
         there = f"there are {', '.join(known)}"
-        raise UserError(f"unknown reward function {name!r}{nearest(name, known)}; {there}; write your own as {FORMS}")
+        raise UserError(f"unknown {spec.kind} {name!r}{nearest(name, known)}; {there}; write your own as {FORMS}")
     return points[name]
 
 
 def _read(spec: RewardSpec, path: Path) -> str:
     if not path.is_file():
         folder = "" if path.parent.is_dir() else " (nor its folder)"
-        raise UserError(f"reward function {spec.text!r}: there is no file {path}{folder}")
+        raise UserError(f"{spec.kind} {spec.text!r}: there is no file {path}{folder}")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeError) as error:
-        raise UserError(f"reward function {spec.text!r}: cannot read {path}: {told(error)}") from error
+        raise UserError(f"{spec.kind} {spec.text!r}: cannot read {path}: {told(error)}") from error
 
 
 def _top_level_names(spec: RewardSpec, path: Path) -> list[str] | None:
@@ -242,17 +246,17 @@ def _absent(spec: RewardSpec, names: Iterable[str]) -> UserError:
     names = sorted(name for name in names if not name.startswith("_"))
     close = nearest(spec.function, names) or (f" (it has {', '.join(names[:10])})" if names else "")
     where = spec.path.name if spec.path else spec.module or "its package"
-    return UserError(f"reward function {spec.text!r}: {where} has no {spec.function!r}{close}")
+    return UserError(f"{spec.kind} {spec.text!r}: {where} has no {spec.function!r}{close}")
 
 
 def _no_module(spec: RewardSpec, name: str) -> UserError:
     hint = "install it, put its folder on PYTHONPATH, or name the file: ./file.py:function"
-    return UserError(f"reward function {spec.text!r}: there is no module {name!r}; {hint}")
+    return UserError(f"{spec.kind} {spec.text!r}: there is no module {name!r}; {hint}")
 
 
 def _failed(spec: RewardSpec, error: BaseException, file: str | None) -> UserError:
     where = place(error, file)
-    return UserError(f"reward function {spec.text!r} raised {told(error)} at import" + (f" ({where})" if where else ""))
+    return UserError(f"{spec.kind} {spec.text!r} raised {told(error)} at import" + (f" ({where})" if where else ""))
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

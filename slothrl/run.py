@@ -144,6 +144,7 @@ def describe(prepared: Prepared, trainer, base: Base, output_dir: Path) -> Plan:
     steps = args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     plan.add("steps", f"{steps}, lr {args.learning_rate:g}")
     if not prepared.sft:
+        plan.add("update", trainer.describe_update())
         plan.add("engine", f"{prepared.engine.name} ({prepared.engine.reason})")
         for reward in prepared.rewards:
             plan.add("reward", f"{reward.name} x {reward.weight:g} ({reward.source})")

@@ -63,8 +63,18 @@ def build_trainer(prepared: Prepared, arguments: GRPOConfig | SFTConfig, model: 
         if prepared.sft:
             trainer = SFTTrainer(**common, eval_dataset=prepared.eval_loss)
         else:
-            trainer = GRPOTrainer(reward_funcs=together(prepared.rewards), **common)
+            trainer = GRPOTrainer(reward_funcs=together(prepared.rewards), **common, **_of_the_step(prepared))
     except ValueError as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     trainer.remove_callback(PrinterCallback)  # a bar and metrics.jsonl take its place
     return trainer
+
+
+def _of_the_step(prepared: Prepared) -> dict[str, Any]:
+    config = prepared.config
+    return {
+        "packing": config.packing,
+        "algorithm": prepared.algorithm,
+        "dynamic_sampling": config.dynamic_sampling,
+        "diagnosis": config.diagnosis,
+    }

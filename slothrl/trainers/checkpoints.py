@@ -30,6 +30,8 @@ COUNTERS = (
     "entropy_coef",
     "_last_world_entropy",
     "nonfinite_in_a_row",
+    "chosen_token_budget",
+    "watch_state",
 )
 
 

@@ -6,37 +6,46 @@ import copy
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from accelerate.utils import set_seed
 from peft import PeftModel
 from trl import GRPOConfig
 from trl import GRPOTrainer as TRLGRPOTrainer
 
+from slothrl.algorithm import Algorithm
+from slothrl.config import DiagnosisConfig, DynamicSamplingConfig, PackingConfig
 from slothrl.engine import Engine, Sampling
-from slothrl.logprobs import completion_logprobs
-from slothrl.losses import VARIANTS, LossConfig, LossInputs, LossOutput, policy_loss, sampling_importance_ratio
 from slothrl.memory_phases import PhaseMemory
 from slothrl.probe import PolicyProbe
 from slothrl.trainers.adapters import adapter_values, restore_float32_adapter
 from slothrl.trainers.checkpoints import ExactCheckpoints
 from slothrl.trainers.guards import Guards
+from slothrl.trainers.packed_step import PackedStep
+from slothrl.trainers.reference import RefreshReference, add_reference, check_refresh
+from slothrl.trainers.signal import Signal
+from slothrl.trainers.watch import Watched
 
-MULTIMODAL = ("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles")
-MULTIMODAL += ("image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids")
 
+class GRPOTrainer(Guards, ExactCheckpoints, Watched, Signal, PackedStep, TRLGRPOTrainer):
+    """Takes TRL's arguments and six of its own.
 
-class GRPOTrainer(Guards, ExactCheckpoints, TRLGRPOTrainer):
-    """Takes TRL's arguments and two of its own.
-
-    Losses that slothrl has (`slothrl.losses.VARIANTS`) are computed by it; for the others, for images and for
-    mixture-of-experts auxiliary losses TRL's own code runs, unchanged. With an engine that reports the log-probs it
-    sampled with, the importance correction happens inside the training forward, without TRL's extra pass for old
-    log-probs where the policy is still the one that sampled.
+    Losses that slothrl has (`slothrl.losses.VARIANTS`) are computed by it, over packed micro-batches where the model
+    allows (`padded_reason` says where not, and why); for the others, for images and for mixture-of-experts auxiliary
+    losses TRL's own code runs, unchanged. With an engine that reports the log-probs it sampled with, the importance
+    correction happens inside the training forward, without TRL's extra pass for old log-probs where the policy is still
+    the one that sampled. With a LoRA, `args.sync_ref_model` works too (`slothrl.trainers.reference`).
 
     Args:
         engine: what generates; default transformers' generate, or, where `args.use_vllm` asks for colocated vLLM, vLLM
             in this process with the LoRA pushed in memory (TRL's own vLLM path never sees the LoRA of a 4-bit base).
         probe: compared with the engine after each LoRA push; aborts the run on a mismatch.
+        packing: how completions become micro-batches.
+        algorithm: loss, advantage and KL estimator beyond TRL's arguments.
+        dynamic_sampling: how often groups without signal are sampled again.
+        diagnosis: when to repeat what is wrong with a step, and when to stop.
+
+    Raises:
+        ValueError: what TRL refuses; `packing` that must be and cannot; an `algorithm` that our own loss does not
+            reach; a refresh of the reference that a LoRA cannot hold.
     """
 
     args: GRPOConfig  # what TRL's base class calls them more broadly
@@ -46,10 +55,14 @@ class GRPOTrainer(Guards, ExactCheckpoints, TRLGRPOTrainer):
     def __init__(self, model, reward_funcs=None, args: GRPOConfig | None = None, *positional, **named):
         engine: Engine | None = named.pop("engine", None)
         probe: PolicyProbe | None = named.pop("probe", None)
+        self.packing = named.pop("packing", None) or PackingConfig()
+        self.algorithm = named.pop("algorithm", None) or Algorithm()
+        self.dynamic_sampling = named.pop("dynamic_sampling", None) or DynamicSamplingConfig()
+        self.diagnosis = named.pop("diagnosis", None) or DiagnosisConfig()
         wants_vllm = args is not None and args.use_vllm and args.vllm_mode == "colocate"
-        if args is not None and args.use_vllm and (wants_vllm or engine is not None):
-            args = copy.copy(args)
-            args.use_vllm = False  # or TRL would start a second engine
+        lora = isinstance(model, PeftModel) or named.get("peft_config") is not None
+        refreshes = args is not None and args.sync_ref_model and lora
+        args = _for_trl(args, wants_vllm or engine is not None, refreshes)
         starting: Any = None
         if args and wants_vllm and engine is None and isinstance(model, str) and named.get("peft_config") is not None:
             from slothrl.trainers.colocate import open_shared
@@ -58,6 +71,10 @@ class GRPOTrainer(Guards, ExactCheckpoints, TRLGRPOTrainer):
         before = adapter_values(model)
         super().__init__(model, reward_funcs, args, *positional, **named)
         restore_float32_adapter(self.model, before)
+        if refreshes:
+            add_reference(self.model)
+            self.add_callback(RefreshReference(self.model))
+        self._check_choices()
         if engine is None and wants_vllm:
             from slothrl.trainers.colocate import beside
 
@@ -69,6 +86,15 @@ class GRPOTrainer(Guards, ExactCheckpoints, TRLGRPOTrainer):
         if engine is not None:
             self.attach(engine, probe)
 
+    def _check_choices(self) -> None:
+        """Raise ValueError where something was asked for that would silently not happen."""
+        if self.packing.mode == "on" and self.padded_reason is not None:
+            raise ValueError(f"packing=on: {self.padded_reason}")
+        if self.algorithm != Algorithm() and self.trl_loss_reason is not None:
+            raise ValueError(f"algo.loss, algo.advantage and algo.kl need slothrl's own loss: {self.trl_loss_reason}")
+        if self.dynamic_sampling.max_resamples and self.accelerator.num_processes > 1:
+            raise ValueError("dynamic_sampling.max_resamples needs a single process")
+
     def attach(self, engine: Engine, probe: PolicyProbe | None = None) -> None:
         """Generate with `engine` from here on, checked by `probe` after each LoRA push."""
         self.engine, self.probe, self._pushed_step = engine, probe, -1
@@ -76,7 +102,7 @@ class GRPOTrainer(Guards, ExactCheckpoints, TRLGRPOTrainer):
         # TRL's switch, by which it keeps the log-probs that the engine sampled with.
         self.use_vllm = engine.name == "vllm"
         self._corrects_sampling = self.use_vllm and self.args.vllm_importance_sampling_correction
-        if self._core_loss:
+        if self.trl_loss_reason is None:
             self.vllm_importance_sampling_correction = False  # done in our own forward instead
         if self.use_vllm:
             # What a custom `rollout_func` may call on TRL's own generation backend.
@@ -127,136 +153,15 @@ class GRPOTrainer(Guards, ExactCheckpoints, TRLGRPOTrainer):
         rollout = self.engine.generate(prompt_ids, sampling)
         return rollout.completion_ids, rollout.sampling_logprobs
 
-    # --- log-probs ----------------------------------------------------------------------------------------------
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *rest, **options):
-        plain = not rest and not any(options.get(name) is not None for name in MULTIMODAL)
-        if not plain or options.get("compute_aux_loss") or self._prompt_learning or self.args.cast_lm_head_to_fp32:
-            return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *rest, **options
-            )
-        with_entropy = options.get("compute_entropy", False)
-        rows = options.get("batch_size") or input_ids.size(0)
-        parts = []
-        for start in range(0, input_ids.size(0), rows):
-            with self.accelerator.autocast():
-                parts.append(
-                    completion_logprobs(
-                        self.accelerator.unwrap_model(model),
-                        input_ids[start : start + rows],
-                        attention_mask[start : start + rows],
-                        logits_to_keep,
-                        temperature=self.temperature,
-                        with_entropy=with_entropy,
-                        entropy_grad=with_entropy and self._entropy_bonus_enabled,
-                    )
-                )
-        logprobs = torch.cat([part[0] for part in parts])  # (B, T)
-        return logprobs, torch.cat([part[1] for part in parts]) if with_entropy else None, None
-
-    @property
-    def _prompt_learning(self) -> bool:
-        return isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
-
-    # --- loss ---------------------------------------------------------------------------------------------------
-
-    @property
-    def _core_loss(self) -> bool:
-        """Whether `slothrl.losses` covers what these arguments ask for."""
-        exotic = self._entropy_bonus_enabled or self.aux_loss_enabled or self.off_policy_mask_threshold is not None
-        single = self.accelerator.num_processes == 1
-        return single and self.loss_type in VARIANTS and not exotic and self.top_entropy_quantile >= 1.0
-
-    def _loss_config(self) -> LossConfig:
-        return LossConfig(
-            max_completion_length=self.max_completion_length,
-            loss_type=self.loss_type,
-            level=self.importance_sampling_level,
-            clip_low=self.epsilon_low,
-            clip_high=self.epsilon_high,
-            delta=self.args.delta,
-            beta=self.beta,
-            kl_times_ratio=self.args.use_bias_correction_kl,
-            sapo_temperature_pos=self.args.sapo_temperature_pos,
-            sapo_temperature_neg=self.args.sapo_temperature_neg,
-        )
-
-    def _compute_loss(self, model, inputs: dict[str, Any]) -> torch.Tensor:
-        if not self._core_loss or any(inputs.get(name) is not None for name in MULTIMODAL):
-            return super()._compute_loss(model, inputs)
-        completion_mask = inputs["completion_mask"]  # (B, T)
-        mask = completion_mask * inputs["tool_mask"] if "tool_mask" in inputs else completion_mask
-        logprobs, entropies, _ = self._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], completion_mask], dim=1),
-            completion_mask.size(1),
-            compute_entropy=True,
-        )
-        # On-policy, the policy that sampled is the one whose log-probs were just computed.
-        old_logprobs = inputs.get("old_per_token_logps")
-        on_policy = old_logprobs is None
-        old_logprobs = logprobs.detach() if on_policy else old_logprobs
-        ratio = inputs.get("importance_sampling_ratio")
-        if ratio is None and self._corrects_sampling and "sampling_per_token_logps" in inputs:
-            ratio = self._correct_sampling(old_logprobs, inputs["sampling_per_token_logps"], mask, on_policy)
-        output = policy_loss(
-            LossInputs(logprobs, old_logprobs, inputs["advantages"], mask, inputs.get("ref_per_token_logps"), ratio),
-            self._loss_config(),
-            normalizer=self._token_normalizer(inputs),
-        )
-        assert entropies is not None
-        self._record(output, entropies, mask)
-        return output.loss / self._accumulation
-
-    @property
-    def _accumulation(self) -> float:
-        return self.current_gradient_accumulation_steps if self.model.training else 1.0
-
-    def _token_normalizer(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """Tokens of the generation batch, scaled so that after `_accumulation` they count one optimizer step's."""
-        tokens = inputs["num_items_in_batch"].clamp(min=1.0)
-        return tokens / self.args.steps_per_generation if self.model.training else tokens
-
-    def _correct_sampling(self, old_logprobs, sampling_logprobs, mask, on_policy: bool) -> torch.Tensor:
-        """The ratio (B, T) or (B, 1) between the trained policy and the one that sampled, counted in the metrics."""
-        ratio = sampling_importance_ratio(
-            old_logprobs,
-            sampling_logprobs,
-            mask,
-            self.vllm_importance_sampling_mode,
-            clip_max=self.vllm_importance_sampling_clip_max,
-            clip_min=self.vllm_importance_sampling_clip_min,
-        )
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        counted = mask.bool()
-        gap = (old_logprobs - sampling_logprobs)[counted].abs()
-        gap = gap[~gap.isnan()]  # where the engine gave no log-prob
-        if self.probe is not None and on_policy and gap.numel():
-            self.probe.require(gap.mean().item(), "the sampled tokens")
-        flat = ratio[counted] if ratio.shape == mask.shape else ratio.flatten()
-        for name, values in (("sampling_logp_difference", gap), ("importance_sampling_ratio", flat)):
-            if values.numel():
-                metrics[f"sampling/{name}/mean"].append(values.mean().item())
-                metrics[f"sampling/{name}/max"].append(values.max().item())
-        if flat.numel():
-            metrics["sampling/importance_sampling_ratio/min"].append(flat.min().item())
-        return ratio
-
-    def _record(self, output: LossOutput, entropies: torch.Tensor, mask: torch.Tensor) -> None:
-        """TRL's metrics under TRL's names."""
-        metrics = self._metrics["train" if self.model.training else "eval"]
-
-        def mean(values: torch.Tensor) -> float:
-            if values.shape[-1] == 1:  # one value a sequence
-                return values.mean().item()
-            return ((values * mask).sum() / mask.sum().clamp(min=1)).item()
-
-        metrics["entropy"].append(mean(entropies))
-        kl, low, high = output.metrics["kl"], output.metrics["low_clipped"], output.metrics["high_clipped"]
-        if kl is not None:
-            metrics["kl"].append(mean(kl))
-        assert low is not None and high is not None
-        metrics["clip_ratio/low_mean"].append(mean(low.float()))
-        metrics["clip_ratio/high_mean"].append(mean(high.float()))
-        metrics["clip_ratio/region_mean"].append(mean((low | high).float()))
+def _for_trl(args: GRPOConfig | None, generates: bool, refreshes: bool) -> GRPOConfig | None:
+    """The arguments without what slothrl does in TRL's place."""
+    if args is None:
+        return None
+    args = copy.copy(args)
+    if generates:
+        args.use_vllm = False  # or TRL would start a second engine
+    if refreshes:
+        check_refresh(args)
+        args.sync_ref_model = False  # which TRL refuses with PEFT
+    return args

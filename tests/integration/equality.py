@@ -22,12 +22,16 @@ TOKENIZER = tiny_tokenizer()
 MAX_COMPLETION = 12
 
 
-def lora_model() -> PeftModel:
-    """The same model at every call, with an adapter that is not the identity."""
+def lora_model(base: Callable = tiny_model) -> PeftModel:
+    """The same model at every call, with an adapter that is not the identity.
+
+    Args:
+        base: makes a model of two layers from a vocabulary size and a width.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
-        model = get_peft_model(tiny_model(len(TOKENIZER), hidden=32), config)
+        model = get_peft_model(base(len(TOKENIZER), hidden=32), config)
     assert isinstance(model, PeftModel)
     return model
 
@@ -75,9 +79,9 @@ def arguments(folder, **fields: Any) -> GRPOConfig:
     return GRPOConfig(**(common | fields))
 
 
-def trainer(kind: type, args: GRPOConfig, **named: Any):
+def trainer(kind: type, args: GRPOConfig, reward: Callable = characters, base: Callable = tiny_model, **named: Any):
     rows = Dataset.from_dict({"prompt": PROMPTS})
-    return kind(lora_model(), characters, copy.deepcopy(args), rows, processing_class=TOKENIZER, **named)
+    return kind(lora_model(base), reward, copy.deepcopy(args), rows, processing_class=TOKENIZER, **named)
 
 
 def pair(args: GRPOConfig) -> tuple[GRPOTrainer, TRLGRPOTrainer]:

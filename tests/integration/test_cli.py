@@ -104,7 +104,8 @@ STATIC = {
     "resume": (["resume=gone"], "error: resume=gone: no such folder"),
     "group": (
         ["algo=gpro"],
-        "error: algo=gpro: algo is one of dapo, dr_grpo, grpo, gspo, sft; did you mean gspo or grpo?",
+        "error: algo=gpro: algo is one of cispo, dapo, dr_grpo, grpo, gspo, reinforce_pp, rloo, sapo, sft;"
+        " did you mean gspo or grpo?",
     ),
 }
 
@@ -208,7 +209,8 @@ def test_a_reward_that_fails_in_the_middle(isolate, work, tiny_folders, capsys):
 def test_help(tmp_path):
     found = slothrl("--help", cwd=tmp_path)
     assert (found.returncode, found.stderr) == (0, "")
-    for line in ("algo     dapo, dr_grpo, grpo, gspo, sft", "gpu      12gb, 16gb, 24gb, 80gb, 8gb, cpu"):
+    algorithms = "cispo, dapo, dr_grpo, grpo, gspo, reinforce_pp, rloo, sapo, sft"
+    for line in (f"algo     {algorithms}", "packing  auto, off, on", "gpu      12gb, 16gb, 24gb, 80gb, 8gb, cpu"):
         assert line in found.stdout
     assert "--config-dir FOLDER" in found.stdout
     assert list(tmp_path.iterdir()) == []

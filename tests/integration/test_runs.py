@@ -94,6 +94,18 @@ def test_grpo(work, tiny_folders, capsys):
     shown = capsys.readouterr().out
     for piece in ("slothrl: grpo", "2 prompts x 4 completions = 8 a generation", "held-out letters before", "done"):
         assert piece in shown
+    assert "update" in shown and "packed, as many tokens as memory holds" in shown
+    assert lines(run / "metrics.jsonl")[0]["packing/tokens"] > 0
+
+
+def test_a_loss_of_ones_own_over_padded_rows(work, tiny_folders, capsys):
+    mine = "def reinforce(inputs, config):\n    return -inputs.advantages * inputs.logprobs\n"
+    (work / "loss.py").write_text(mine, encoding="utf-8")
+    own = ["algo.loss=./loss.py:reinforce", "algo.advantage=rloo", "packing=off", "output_dir=run"]
+    assert main([*tiny(tiny_folders["tiny"], *GRPO), *own, "trainer.max_steps=1"]) == 0
+    assert "padded rows: packing=off" in capsys.readouterr().out
+    (log, *_) = lines(work / "run" / "metrics.jsonl")
+    assert log["grad_norm"] > 0 and "clip_ratio/region_mean" not in log and "packing/tokens" not in log
 
 
 def test_sft(work, tiny_folders, capsys):

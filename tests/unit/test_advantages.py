@@ -6,7 +6,16 @@ import pytest
 import torch
 from trl_oracle import trl_generation_batch
 
-from slothrl.advantages import AGGREGATIONS, SCALES, group_advantages
+from slothrl.advantages import (
+    ADVANTAGES,
+    AGGREGATIONS,
+    SCALES,
+    group_advantages,
+    reinforce_pp_advantages,
+    rloo_advantages,
+)
+from slothrl.losses import VARIANTS
+from slothrl.plugins import NAMES
 
 NAN = float("nan")
 
@@ -102,6 +111,28 @@ def test_inputs_are_left_alone():
     before = rewards.clone()
     group_advantages(rewards, torch.ones(1), 2)
     torch.testing.assert_close(rewards, before, equal_nan=True)
+
+
+def test_rloo_by_hand():
+    """TRL's RLOOTrainer: (sum of the siblings' rewards) / (their number) is the baseline."""
+    rewards = column(1, 0, 0, 1, 3, NAN, 1, 5, NAN, NAN, 2, NAN)
+    expected = [2 / 3, -2 / 3, -2 / 3, 2 / 3, 0, 0, -3, 3, 0, 0, 0, 0]
+    torch.testing.assert_close(rloo_advantages(rewards, torch.ones(1), 4), torch.tensor(expected))
+    assert rloo_advantages(column(3), torch.ones(1), 1).tolist() == [0]
+
+
+def test_reinforce_pp_by_hand():
+    rewards = column(1, 0, 10, 20)
+    centered = torch.tensor([0.5, -0.5, -5.0, 5.0])
+    expected = centered / (math.sqrt((0.25 + 0.25 + 25 + 25) / 3) + 1e-4)
+    torch.testing.assert_close(reinforce_pp_advantages(rewards, torch.ones(1), 2), expected)
+    dull = reinforce_pp_advantages(column(2, 2, 0, 1, NAN, NAN), torch.ones(1), 2)
+    assert dull[[0, 1, 4, 5]].tolist() == [0, 0, 0, 0]  # exactly, so that they can be dropped
+
+
+def test_names_are_those_of_the_registries():
+    assert set(NAMES["advantage"]) == set(ADVANTAGES)
+    assert set(NAMES["loss"]) == set(VARIANTS)
 
 
 @pytest.mark.parametrize(

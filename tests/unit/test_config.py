@@ -59,7 +59,7 @@ def choices() -> list[str]:
 
 def test_all_groups_are_there():
     assert {choice.split("=")[0] for choice in choices()} == {
-        "algo", "model", "data", "reward", "rollout", "gpu", "logger"
+        "algo", "model", "data", "reward", "rollout", "gpu", "logger", "packing"
     }  # fmt: skip
 
 
@@ -72,6 +72,8 @@ def test_every_choice_composes(choice, tmp_path, monkeypatch):
     group, name = choice.split("=")
     if group in ("algo", "gpu"):
         assert config[group].name == name
+    if group == "packing":
+        assert config.packing.mode == name
     if group == "rollout":
         assert config.rollout.engine == name
     if group == "data":
@@ -85,6 +87,10 @@ def test_every_choice_composes(choice, tmp_path, monkeypatch):
         ("dapo", {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28}),
         ("dr_grpo", {"loss_type": "dr_grpo", "scale_rewards": "none"}),
         ("gspo", {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4}),
+        ("cispo", {"loss_type": "cispo", "epsilon_high": 5.0}),
+        ("sapo", {"loss_type": "sapo"}),
+        ("rloo", {"loss_type": "grpo", "epsilon": 0.2}),
+        ("reinforce_pp", {"loss_type": "dapo", "beta": 0.0}),
     ],
 )
 def test_algorithms_set_their_fields(algo, expected):
@@ -201,7 +207,8 @@ def test_overlay_replaces_and_adds(tmp_path):
     assert (config.algo.name, config.trainer.beta, config.trainer.epsilon_high) == ("mine", 0.5, 0.28)
     assert config.trainer.num_generations == 4  # through dapo, which starts from grpo
     (line,) = refused("algo=minee", overlay=tmp_path)
-    assert line == "algo=minee: algo is one of dapo, dr_grpo, grpo, gspo, mine, sft; did you mean mine?"
+    there = "cispo, dapo, dr_grpo, grpo, gspo, mine, reinforce_pp, rloo, sapo, sft"
+    assert line == f"algo=minee: algo is one of {there}; did you mean mine?"
     assert compose_config(["gpu=cpu"]).trainer.num_generations == 8  # the next call has none
 
 

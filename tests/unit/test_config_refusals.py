@@ -15,7 +15,11 @@ from tests.unit.refusals import refused
     ("override", "message"),
     [
         ("algos=grpo", "algos=grpo: there is no algos; did you mean algo?"),
-        ("algo=grop", "algo=grop: algo is one of dapo, dr_grpo, grpo, gspo, sft; did you mean grpo?"),
+        (
+            "algo=grop",
+            "algo=grop: algo is one of cispo, dapo, dr_grpo, grpo, gspo, reinforce_pp, rloo, sapo, sft;"
+            " did you mean grpo?",
+        ),
         ("gpu=cpuu", "gpu=cpuu: gpu is one of 12gb, 16gb, 24gb, 80gb, 8gb, cpu; did you mean cpu?"),
         ("learning_rate=1", "learning_rate=1: there is no learning_rate; did you mean trainer.learning_rate?"),
         ("data.learning_rate=1", "there is no data.learning_rate; did you mean trainer.learning_rate"),

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import torch
-from trl import GRPOTrainer
+from trl import GRPOTrainer, RLOOTrainer
 
 from slothrl.losses import LossConfig, LossInputs
 
@@ -61,6 +61,29 @@ def trl_loss(inputs: LossInputs, config: LossConfig, num_items: float | None = N
         "num_items_in_batch": torch.as_tensor(inputs.mask.sum() if num_items is None else num_items),
     }
     return GRPOTrainer._compute_loss(trainer, None, batch), metrics["train"]  # pyright: ignore[reportArgumentType]
+
+
+def trl_rloo_loss(inputs: LossInputs, config: LossConfig) -> torch.Tensor:
+    """`RLOOTrainer._compute_loss` on the same tensors."""
+    zeros = torch.zeros_like(inputs.logprobs)
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (inputs.logprobs, zeros, None),
+        epsilon_low=config.clip_low,
+        epsilon_high=config.clip_high,
+        aux_loss_enabled=False,
+        model=SimpleNamespace(training=True),
+        accelerator=_accelerator(),
+        _metrics={"train": defaultdict(list)},
+    )
+    batch = {
+        "prompt_ids": torch.zeros(len(zeros), 1, dtype=torch.long),
+        "prompt_mask": torch.ones(len(zeros), 1, dtype=torch.long),
+        "completion_ids": zeros.long(),
+        "completion_mask": inputs.mask,
+        "advantages": inputs.advantages,
+        "old_logps": (inputs.old_logprobs * inputs.mask).sum(1),
+    }
+    return RLOOTrainer._compute_loss(trainer, None, batch)  # pyright: ignore[reportArgumentType]
 
 
 def trl_generation_batch(
