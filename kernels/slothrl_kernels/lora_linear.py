@@ -91,8 +91,8 @@ def check_group(x: Tensor, group: Sequence[Projection], dropout: Sequence[Dropou
     for p in group:
         outputs, inputs = p.weight.shape
         shapes = [None if t is None else tuple(t.shape) for t in (p.a, p.b, p.bias)]
-        right = [None if p.a is None else (p.rank, inputs), None if p.a is None else (outputs, p.rank)]
-        right.append(None if p.bias is None else (outputs,))
+        right = [(p.rank, inputs), (outputs, p.rank)] if p.a is not None else [None, None]
+        right = [*right, None if p.bias is None else (outputs,)]
         if x.dim() < 1 or not x.is_floating_point() or x.size(-1) != inputs or shapes != right:
             raise ValueError(f"x {tuple(x.shape)}, W {(outputs, inputs)} and A, B, bias {shapes} do not fit")
         if isinstance(p.weight, Tensor) and p.weight.requires_grad:

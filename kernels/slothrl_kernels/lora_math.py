@@ -6,7 +6,7 @@ M: tokens, K: inputs, N_i: outputs of projection i, r_i its rank, R: the sum of 
     dx  = sum_i dy_i W_i + s_i (dy_i B_i) A_i        dA_i = s_i (dy_i B_i)^T x        dB_i = s_i dy_i^T (x A_i^T)
 
 The rank products are a few per cent of the FLOPs, but one by one they read and write (M, N) and (M, K) again: a fifth
-to a third of the base GEMM's time at 8K tokens on an H100. Where W is unpacked into a buffer anyway, they ride in the base
+to a third of the base GEMM's time at 8K tokens on an H100. Where W is unpacked into a buffer anyway, they ride in that
 GEMM. With A' = s A of all projections below each other (R, K), so that nothing else needs the scaling:
 
     wide (sum N > K)    W' = [W_i | B_i]: [x | x A'^T] W'^T is y_i; dy_i W' = [dy_i W_i | dy_i B_i], lacking a (R, K)

@@ -15,9 +15,8 @@ from tests.kernels.test_lora_linear import held, values
 SHAPES = [(48, 64), (48, 64), (32, 48)]  # gate, up, down
 
 
-def case(dtype, kind="nf4", inner=48):
+def case(dtype, kind="nf4", shapes=SHAPES):
     """(x, then A, B, bias of gate, up and down; their base weights)."""
-    shapes = [(inner, 64), (inner, 64), (32, inner)]
     tensors = [values(2, 7, 64, dtype=dtype)]
     for i, (outputs, inputs) in enumerate(shapes):
         tensors += [
@@ -33,7 +32,7 @@ def called(function, weights, **options):
     def call(x, *flat):
         cast = [held(w, x.dtype) for w in weights]
         group = [Projection(w, flat[3 * i + 2], *flat[3 * i : 3 * i + 2], 0.5 * (i + 1)) for i, w in enumerate(cast)]
-        return function(x, *group, **options)
+        return function(x, group[:-1], group[-1], **options)
 
     return call
 
@@ -49,6 +48,14 @@ def test_error_budget(activation, recompute, dtype):
     budget_of(kernel, reference, tensors, wanted, [values(2, 7, 32, seed=20)])
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gate_and_up_in_one(recompute):
+    tensors, weights = case(torch.float32, shapes=[(96, 64), (32, 48)])
+    kernel = called(lora_mlp, weights, recompute=recompute)
+    wanted = [i for i, t in enumerate(tensors) if t is not None]
+    budget_of(kernel, called(lora_mlp_reference, weights), tensors, wanted, [values(2, 7, 32, seed=20)])
+
+
 @pytest.mark.parametrize("wanted", [[0], [1, 2], [7, 8], [6]], ids=["x", "gate's A and B", "down's A and B", "bias"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_only_what_is_wanted(recompute, wanted):
@@ -60,7 +67,7 @@ def test_only_what_is_wanted(recompute, wanted):
 def test_keeps_what_it_says():
     tensors, weights = case(torch.float32)
     leaves = [t if t is None else t.requires_grad_() for t in tensors]
-    for recompute, shapes in ((True, [(2, 7, 64)]), (False, [(2, 7, 64), (14, 8), (14, 48), (14, 48), (14, 8)])):
+    for recompute, shapes in ((True, [(2, 7, 64)]), (False, [(2, 7, 64), (14, 8), (14, 8), (14, 48), (14, 48)])):
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
             called(lora_mlp, weights, recompute=recompute)(*leaves)
@@ -112,11 +119,19 @@ def test_through_the_kernels(kernel_device):
     budget_of(kernel, called(lora_mlp_reference, weights), tensors, wanted, upstream)
 
 
+def test_refuses():
+    _, weights = case(torch.float32)
+    gate, up, down = (Projection(w) for w in weights)
+    for inner, outer in (([gate], down), ([gate, up, up], down), ([gate, down], down), ([gate, up], up), ([], down)):
+        with pytest.raises(ValueError):
+            lora_mlp(values(5, 64), inner, outer)
+
+
 def test_without_lora_and_without_gradient():
     _, weights = case(torch.float32)
     x = values(5, 64)
-    group = [Projection(w) for w in weights]
-    torch.testing.assert_close(lora_mlp(x, *group, recompute=True), lora_mlp_reference(x, *group))
+    inner, down = [Projection(w) for w in weights[:2]], Projection(weights[2])
+    torch.testing.assert_close(lora_mlp(x, inner, down, recompute=True), lora_mlp_reference(x, inner, down))
     leaf = x.requires_grad_()
-    lora_mlp(leaf, *group, recompute=True).sum().backward()
+    lora_mlp(leaf, inner, down, recompute=True).sum().backward()
     assert leaf.grad.isfinite().all()
