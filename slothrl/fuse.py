@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from slothrl_kernels import Impl
+from slothrl_kernels import Impl, takes_triton
 from torch import Tensor, nn
 
 from slothrl.fuse_layers import LinearReader, is_linear
@@ -21,7 +21,7 @@ from slothrl.fuse_linear import FusedGroup, FusedLinear
 from slothrl.fuse_mlp import FusedMLP, activation_of, candidates
 from slothrl.fuse_norm import find_norm, looks_like_norm
 from slothrl.fuse_replace import Replacement, device_and_dtype, proven, replaced_by_others, trial
-from slothrl.fuse_report import FuseReport
+from slothrl.fuse_report import FuseReport, Rows
 from slothrl.fuse_rope import FusedRope, rotates_alike, rotation_of
 from slothrl.fuse_trace import Trace, trace
 
@@ -67,6 +67,22 @@ def unfuse(model: nn.Module) -> None:
     """Take away everything that `fuse` put into `model`; nothing where it did not."""
     for replacement in vars(model).pop(_KEPT, []):
         replacement.remove()
+
+
+def fuse_as_asked(model: nn.Module, wish: str, device: str) -> Rows:
+    """What `model.fuse` asks for, done; the rows of the plan table that say what came of it.
+
+    Args:
+        wish: "auto" fuses where Triton kernels run (`takes_triton`), "on" everywhere, "off" nowhere.
+        device: "cpu" or "cuda".
+    """
+    if wish == "off":
+        return [("fused", "nothing (model.fuse=off)")]
+    if wish == "auto" and not takes_triton("auto", torch.empty(0, device=device)):
+        return [
+            ("fused", "nothing: Triton kernels do not run here, and plain torch is no faster (model.fuse=on has it)")
+        ]
+    return fuse(model).rows()
 
 
 def is_fused(model: nn.Module) -> bool:

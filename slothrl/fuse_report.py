@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+Rows = list[tuple[str, str]]  # of the plan table
+
 
 @dataclass
 class FuseReport:
@@ -23,7 +25,7 @@ class FuseReport:
     notes: list[str] = field(default_factory=list)
     difference: float | None = None
 
-    def rows(self) -> list[tuple[str, str]]:
+    def rows(self) -> Rows:
         """Rows for the plan table."""
         done = ", ".join(f"{count} {what}" for what, count in self.fused.items())
         if done and self.difference is not None:
