@@ -69,7 +69,7 @@ def unfuse(model: nn.Module) -> None:
         replacement.remove()
 
 
-def fuse_as_asked(model: nn.Module, wish: str, device: str) -> Rows:
+def fuse_as_asked(model: Any, wish: str, device: str) -> Rows:
     """What `model.fuse` asks for, done; the rows of the plan table that say what came of it.
 
     Args:
@@ -162,7 +162,7 @@ class _Finder:
                 if reasons[module] is None:
                     able[module] = FusedLinear(module, self.impl)
                     if not proven(able[module], self._sample(module)):
-                        reasons[module] = "its result is another than base + LoRA (LLM.int8 rounds its inputs too)"
+                        reasons[module] = "its result is another than base + LoRA"
         able = {module: fused for module, fused in able.items() if reasons[module] is None}
         found: list[Replacement] = []
         for group in self.seen.groups():

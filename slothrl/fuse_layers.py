@@ -64,8 +64,11 @@ class LinearReader:
                 return f"its base is {state.quant_type}, or was laid out anew for the CPU"
             if len(state.shape) != 2 or tuple(state.shape) != (base.out_features, base.in_features):
                 return "its base was quantised in another orientation"
-        elif not base.weight.is_floating_point() and _int8_scales(base) is None:
-            return f"its base holds {base.weight.dtype}"
+        elif not base.weight.is_floating_point():
+            if _int8_scales(base) is None:
+                return f"its base holds {base.weight.dtype}"
+            if base.weight.is_cuda:  # on a CPU bitsandbytes unpacks the weight, as we do
+                return "LLM.int8 rounds its inputs too, unpacking the weight would be another computation"
         return None
 
     def read(self, x: Tensor) -> Reading | None:

@@ -131,7 +131,7 @@ def _resume_point(prepared: Prepared, output_dir: Path, made_of: dict, console: 
 
 
 def describe(prepared: Prepared, trainer, base: Base, output_dir: Path, fused: Rows) -> Plan:
-    """The plan table of a run whose model is loaded, before anything is generated; `fused`: its rows on fused layers."""
+    """The plan table of a run whose model is loaded, before anything is generated; `fused`: rows on fused layers."""
     config, args, model = prepared.config, trainer.args, prepared.model
     weights, trainable, count = parameter_bytes(trainer.model)
     plan = Plan(f"slothrl: {config.algo.name}")
