@@ -28,6 +28,7 @@ CHOICES = {
     "model.quantization": ("auto", "nf4", "int8", "none"),
     "model.dtype": ("auto", "bfloat16", "float16", "float32"),
     "model.fuse": ("auto", "on", "off"),
+    "model.activations": ("auto", "layer", "attention", "offload"),
     "rollout.engine": ("auto", "vllm", "transformers"),
     "rollout.share_base": ("auto", "always", "never"),
     "rollout.dtype": ("auto", "bfloat16", "float16", "float32"),

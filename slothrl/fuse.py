@@ -21,9 +21,10 @@ from slothrl.fuse_linear import FusedGroup, FusedLinear
 from slothrl.fuse_mlp import FusedMLP, activation_of, candidates
 from slothrl.fuse_norm import find_norm, looks_like_norm
 from slothrl.fuse_replace import Replacement, device_and_dtype, proven, replaced_by_others, trial
-from slothrl.fuse_report import FuseReport, Rows
+from slothrl.fuse_report import FuseReport
 from slothrl.fuse_rope import FusedRope, rotates_alike, rotation_of
 from slothrl.fuse_trace import Trace, trace
+from slothrl.plan import Rows
 
 _KEPT = "_slothrl_replacements"  # on the model, for unfuse
 OTHERS = "somebody else replaced its forward"

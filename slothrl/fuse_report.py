@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-Rows = list[tuple[str, str]]  # of the plan table
+from slothrl.plan import Rows
 
 
 @dataclass

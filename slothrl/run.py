@@ -10,15 +10,15 @@ from pathlib import Path
 
 from rich.console import Console
 
+from slothrl.activations import keep_activations
 from slothrl.checkpoint import set_aside, sweep
 from slothrl.config import Config
 from slothrl.engine import Engine
 from slothrl.fingerprint import fingerprint, settings
 from slothrl.fuse import fuse_as_asked
-from slothrl.fuse_report import Rows
 from slothrl.interrupts import Interrupts
 from slothrl.models import parameter_bytes
-from slothrl.plan import Batch, Plan, size
+from slothrl.plan import Batch, Plan, Rows, size
 from slothrl.prepare import Prepared, prepare
 from slothrl.provenance import record_provenance
 from slothrl.report import append_jsonl, draw_curve, read_json, read_jsonl, write_json
@@ -113,6 +113,8 @@ def _start(prepared: Prepared, arguments, base: Base, output_dir: Path, console:
 
     trainer = build_trainer(prepared, arguments, base.model)
     fused = fuse_as_asked(trainer.model, prepared.config.model.fuse, prepared.config.gpu.device)
+    if arguments.gradient_checkpointing:
+        fused += keep_activations(trainer.model, prepared.config.model.activations)
     describe(prepared, trainer, base, output_dir, fused).show(console)
     return trainer, attach_engine(prepared, trainer, base, console)
 

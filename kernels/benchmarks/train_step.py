@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=2048, help="tokens a sequence")
     parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--activations", default="auto", help="of slothrl: auto, layer, attention, offload")
     parser.add_argument("--arms", help=f"some of {','.join(ARMS)}; default: slothrl,peft, and unsloth if installed")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)  # set in the process of one arm
@@ -148,9 +149,11 @@ def prepare_ours(arguments: argparse.Namespace) -> tuple[Any, Callable, str]:
         return model, lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss, ""
     note = ""
     if arguments.arm == "slothrl":
+        from slothrl.activations import keep_activations
         from slothrl.fuse import fuse
 
-        note = "; ".join(f"{what} {how}".strip() for what, how in fuse(model).rows())
+        rows = fuse(model).rows() + keep_activations(model, arguments.activations)
+        note = "; ".join(f"{what} {how}".strip() for what, how in rows)
     return model, lambda ids: streamed_loss(model, ids), note
 
 

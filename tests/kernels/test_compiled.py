@@ -69,3 +69,16 @@ def test_default_gemms_fit_a_consumer_card(rows, capability):
     assert compiled.metadata.shared <= CONSUMER_SHARED_MEMORY
     assert instructions(compiled, r"lop3\.b32 high, over, under, mask") > 0
     assert instructions(compiled, r"wgmma\.mma_async" if capability == 90 else r"mma\.sync") > 0
+
+
+@pytest.mark.parametrize("activation", [0, 1, 2], ids=["silu", "gelu", "gelu_tanh"])
+def test_gradients_of_a_glu_with_its_value_again(activation):
+    """Three loads, three stores of vectors, and nothing spilled."""
+    from slothrl_kernels.glu import BLOCK, _backward_kernel
+
+    pointers = dict.fromkeys(("gate", "up", "to_y", "to_gate", "to_up", "y"), "*bf16")
+    integers = [f"{name}_stride" for name in pointers] + ["width", "blocks"]
+    constants = {"ACTIVATION": activation, "BLOCK": BLOCK, "WRITE_Y": True}
+    compiled = compile_kernel(_backward_kernel, pointers, integers, constants, 90, num_warps=8)
+    assert instructions(compiled, r"ld\.global\.v4\.b32") == instructions(compiled, r"st\.global\.v4\.b32") == 3
+    assert instructions(compiled, r"\.local") == 0
