@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -11,8 +10,7 @@ from slothrl_kernels import Int8Weight, Nf4Weight, Projection
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """A linear layer as it is now.
 
     Attributes:
@@ -90,8 +88,8 @@ class LinearReader:
         if not layer.cast_input_dtype_enabled and dtype != x.dtype:
             return None
         active = not isinstance(dropout, nn.Identity) and dropout.training and getattr(dropout, "p", 1.0) > 0
-        projection = replace(reading.projection, a=a, b=b, scaling=layer.scaling[name])
-        return replace(reading, projection=projection, dropout=dropout if active else None, lora_dtype=dtype)
+        projection = Projection(reading.projection.weight, reading.projection.bias, a, b, layer.scaling[name])
+        return Reading(projection, dropout if active else None, reading.dtype, reading.out_dtype, dtype)
 
     def _read_base(self, base: Any, x: Tensor) -> Reading | None:
         weight, bias = base.weight, base.bias

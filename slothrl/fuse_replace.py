@@ -88,7 +88,7 @@ def proven(replacement: Replacement, *inputs: Tensor) -> bool:
 @contextmanager
 def trial(device: torch.device, dtype: torch.dtype):
     """Random numbers of its own, and autocast as a trainer has it over 16-bit weights (with float32 adapters)."""
-    devices = [device] if device.type == "cuda" else []
+    devices = list(range(torch.cuda.device_count())) if device.type == "cuda" else []
     half = dtype in (torch.bfloat16, torch.float16)
     with (
         torch.random.fork_rng(devices=devices),

@@ -16,8 +16,8 @@ class HostMemory:
     """The inputs of a stack of checkpointed layers, out of the device's memory.
 
     Forward: a tensor is copied on a stream of its own, behind the work that made it; the device's memory is free once
-    the copy is done. Backward: whoever asks for layer i's has layer i - 1's fetched at the same time. Bits do not change.
-    The last layer's stays: the backward begins with it.
+    the copy is done. Backward: whoever asks for layer i's has layer i - 1's fetched at the same time. Bits do not
+    change. The last layer's stays: the backward begins with it.
 
     Args:
         layers: how many there are.

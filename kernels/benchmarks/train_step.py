@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=2048, help="tokens a sequence")
     parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--activations", default="auto", help="of slothrl: auto, layer, attention, offload")
+    parser.add_argument("--activations", default="auto", help="of slothrl: auto, layer, attention, offload, both")
     parser.add_argument("--arms", help=f"some of {','.join(ARMS)}; default: slothrl,peft, and unsloth if installed")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)  # set in the process of one arm

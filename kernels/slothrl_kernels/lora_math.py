@@ -20,9 +20,8 @@ and 33 divides the 132 processors of an H100. All W_i are unpacked in turn into 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +37,8 @@ Layout = Literal["auto", "narrow", "wide", "tall"]
 LAYOUTS = ("auto", "narrow", "wide", "tall")
 
 
-@dataclass(frozen=True)
-class Projection:
-    """One frozen linear layer and its LoRA.
+class Projection(NamedTuple):
+    """One frozen linear layer and its LoRA; a tuple, because one is made at every call and a dataclass takes longer.
 
     weight: W (N, K). bias: (N,) or None. a: (r, K) and b: (N, r), any float dtype, or both None: no LoRA.
     scaling: s, alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732).
@@ -158,7 +156,8 @@ def stacked_a(group: Group, x: Tensor) -> Tensor | None:
     for p, span in zip(group, _spans(group), strict=True):
         if p.a is not None:
             torch.mul(p.a.detach(), p.scaling, out=stacked[span])  # rounded once, from the adapter's own dtype
-    stacked[count:].zero_()
+    if count < stacked.size(0):
+        stacked[count:].zero_()
     return stacked
 
 
@@ -186,7 +185,8 @@ def _wide_weights(group: Group, rank: int, like: Tensor, impl: Impl):
     for p, span in zip(group, _spans(group), strict=True):
         whole = buffer[: p.weight.shape[0]]
         dense(p.weight, like.dtype, whole[:, :inputs], impl)
-        whole[:, inputs:].zero_()
+        if p.rank < rank:
+            whole[:, inputs:].zero_()
         if p.b is not None:
             whole[:, inputs + span.start : inputs + span.stop] = p.b.detach()
         yield p, whole
@@ -229,7 +229,8 @@ def _forward_tall(x: Tensor, a: Tensor, p: Projection, impl: Impl) -> tuple[list
 
 def _through_b(to_y: Sequence[Tensor], rank: int, group: Group) -> Tensor:
     """Every dy_i B_i (M, R)."""
-    result = to_y[0].new_zeros(to_y[0].size(0), rank)
+    full = sum(p.rank for p in group) == rank
+    result = (to_y[0].new_empty if full else to_y[0].new_zeros)((to_y[0].size(0), rank))
     for to, p, span in zip(to_y, group, _spans(group), strict=True):
         if p.b is not None:
             torch.mm(to, p.b.detach().to(to.dtype), out=result[:, span])

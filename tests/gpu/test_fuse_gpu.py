@@ -134,14 +134,14 @@ def test_a_fused_model_trains_what_the_plain_one_does(shape):
     assert fused[1].keys() == plain[1].keys() and len(plain[1]) == layers * 14
     for name, gradient in plain[1].items():
         assert gradient.norm() > 0, name
-        assert (fused[1][name] - gradient).norm() <= 0.05 * gradient.norm(), name
+        assert (fused[1][name] - gradient).norm() <= 0.1 * gradient.norm(), name
     assert fused[2] <= 1.02 * plain[2]
     unfuse(model)
     after = step(model, ids)
     assert after[0] == pytest.approx(plain[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("policy", ["attention", "offload"])
+@pytest.mark.parametrize("policy", ["attention", "offload", "both"])
 def test_what_checkpointed_layers_keep(policy):
     """The same gradients: kept attention is not run again; inputs leave the device and come back as they were."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -168,12 +168,12 @@ def test_what_checkpointed_layers_keep(policy):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     with Attentions() as seen:
         loss.backward()
-    assert seen.count == (0 if policy == "attention" else 4)
+    assert seen.count == (4 if policy == "offload" else 0)
 
 
 def test_offloading_frees_the_layer_inputs():
-    """Between forward and backward the inputs of all layers but the last are gone from the device."""
-    model = adapted("8b, 2 layers")
+    """Between forward and backward the inputs of all layers but the last are gone, and but the embeddings, a leaf."""
+    model = adapted("0.6b, 4 layers")
     ids = torch.randint(0, 8192, (1, 4096), device="cuda")
     held = {}
     for policy in ("layer", "offload"):
@@ -182,11 +182,12 @@ def test_offloading_frees_the_layer_inputs():
             with torch.autocast("cuda", torch.bfloat16):
                 hidden = model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
             torch.cuda.synchronize()
+            torch.empty(1, device="cuda")  # the allocator takes note of copies that are done
             held[policy] = torch.cuda.memory_allocated()
             hidden.sum().backward()
             del hidden
             model.zero_grad(set_to_none=True)
-    assert held["layer"] - held["offload"] >= 4096 * 4096 * 2
+    assert held["layer"] - held["offload"] >= 2 * 4096 * 1024 * 2
 
 
 def test_generates_the_same_tokens():
