@@ -123,7 +123,7 @@ class _Checkpoint:
 
 
 def keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """`create_selective_checkpoint_contexts` asks this of each operation: attention, torch's or flash-attn's, is kept."""
+    """Asked of each operation (`create_selective_checkpoint_contexts`): torch's attentions and flash-attn's are kept."""
     name = str(operation)
     attends = ("attention" in name or "flash_attn" in name) and "backward" not in name
     return CheckpointPolicy.MUST_SAVE if attends else CheckpointPolicy.PREFER_RECOMPUTE

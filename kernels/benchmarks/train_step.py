@@ -103,7 +103,28 @@ def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
     shape = (arguments.batch, arguments.length)
     ids = torch.randint(0, vocabulary, shape, generator=generator).to(arguments.device)
     optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad], cuda)
-    losses, norms, seconds = [], [], []
+    losses, norm, taken = timed_steps(model, loss_of, optimizer, ids, arguments)
+    peak = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (0, 0)
+    return {
+        "tokens_per_second": ids.numel() / taken,
+        "ms": taken * 1e3,
+        "allocated": peak[0] / 2**30,
+        "reserved": peak[1] / 2**30,
+        "loss": losses[0],
+        "grad_norm": norm,
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "torch": torch.__version__,
+        "note": note,
+    }
+
+
+def timed_steps(
+    model: Any, loss_of: Callable, optimizer: Any, ids: Any, arguments: argparse.Namespace
+) -> tuple[list[float], float, float]:
+    """(every step's loss, the first gradient's norm, median seconds of a step after the three that warm up)."""
+    import torch
+
+    cuda, losses, norms, seconds = arguments.device == "cuda", [], [], []
     for turn in range(3 + arguments.steps):
         if turn == 3 and cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -119,19 +140,7 @@ def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
         wait(cuda)
         seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
-    taken = median(seconds[3:])
-    peak = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (0, 0)
-    return {
-        "tokens_per_second": ids.numel() / taken,
-        "ms": taken * 1e3,
-        "allocated": peak[0] / 2**30,
-        "reserved": peak[1] / 2**30,
-        "loss": losses[0],
-        "grad_norm": norms[0],
-        "device": torch.cuda.get_device_name() if cuda else "CPU",
-        "torch": torch.__version__,
-        "note": note,
-    }
+    return losses, norms[0], median(seconds[3:])
 
 
 def prepare_ours(arguments: argparse.Namespace) -> tuple[Any, Callable, str]:
