@@ -123,7 +123,7 @@ class _Checkpoint:
 
 
 def keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Asked of each operation (`create_selective_checkpoint_contexts`): torch's attentions and flash-attn's are kept."""
+    """Asked of each operation, by `create_selective_checkpoint_contexts`: attention of torch or flash-attn is kept."""
     name = str(operation)
     attends = ("attention" in name or "flash_attn" in name) and "backward" not in name
     return CheckpointPolicy.MUST_SAVE if attends else CheckpointPolicy.PREFER_RECOMPUTE
