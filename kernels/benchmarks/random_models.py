@@ -40,7 +40,9 @@ def random_model(shape: str, device: str, max_length: int = 32768) -> Any:
             values = values.normal_(std=0.02, generator=generator) if parameter.dim() > 1 else values.fill_(1.0)
             setattr(module, key, nn.Parameter(values, requires_grad=False))
     model.tie_weights()
-    model.to(device)  # buffers
+    for module in model.modules():
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, key, buffer.to(device))  # made on the CPU: rotary frequencies
     model.is_loaded_in_4bit = True
     model.config.quantization_config = quantization()
     return model

@@ -90,12 +90,15 @@ def test_families_in_float32(family, folders):
     assert not is_fused(model) and not any("forward" in vars(m) for m in model.modules())
 
 
+BASES = {"bf16": None, "nf4": BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.bfloat16)}
+BASES["int8"] = BitsAndBytesConfig(load_in_8bit=True)  # on a CPU bitsandbytes unpacks the weight, and rounds no inputs
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "phi3"])
-@pytest.mark.parametrize("base", ["bf16", "nf4"])
+@pytest.mark.parametrize("base", BASES)
 def test_sixteen_bits_by_error_budget(family, base, folders):
     """Against float32 of the same weights, fused is no further off than unfused is, within a half."""
-    quantization = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.bfloat16)
-    model = adapted(folders(family), torch.bfloat16, quantization if base == "nf4" else None)
+    model = adapted(folders(family), torch.bfloat16, BASES[base])
     plain = step(model, torch.bfloat16)
     report = fuse(model)
     assert report.fused["gated MLP"] == 2 and not report.kept
@@ -114,7 +117,7 @@ def test_sixteen_bits_by_error_budget(family, base, folders):
 
 def exact(model):
     """The same model in float32, unfused: packed weights unpacked."""
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 
     base = model.get_base_model()
     with making_models():
@@ -124,6 +127,10 @@ def exact(model):
     values = dict(model.named_parameters())
     for name, parameter in plain.named_parameters():
         held = values[name]
+        if held.dtype == torch.int8:
+            layer = model.get_submodule(name.rpartition(".")[0])
+            parameter.data = int8_vectorwise_dequant(held.data, layer.state.SCB)
+            continue
         state = getattr(held, "quant_state", None)
         parameter.data = held.data.float() if state is None else dequantize_4bit(held.data, state).float()
     return plain
