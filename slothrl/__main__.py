@@ -22,6 +22,7 @@ COMMANDS = {
         "the held-out score of any adapter: python -m slothrl eval adapter=PATH key=value …",
     ),
     "report": ("slothrl.report_command", "a run's report again, or runs compared: python -m slothrl report RUN …"),
+    "bench": ("slothrl.bench", "speed and memory on this GPU: python -m slothrl bench [NAME]"),
     "reward": ("slothrl.reward_command", "try reward functions without a model: python -m slothrl reward key=value …"),
 }
 

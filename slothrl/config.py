@@ -26,6 +26,8 @@ class ModelConfig:
     quantization: str = "auto"  # auto, nf4, int8, none; auto: nf4 on CUDA, none on a CPU
     dtype: str = "auto"  # auto, bfloat16, float16, float32; auto: bfloat16 on CUDA, float32 on a CPU
     attn_implementation: str | None = None
+    fuse: str = "auto"  # fused layers (slothrl/fuse.py): auto, on, off; auto: where Triton kernels run them
+    activations: str = "auto"  # what checkpointed layers keep: auto, layer, attention, offload, both (activations.py)
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 

@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.table import Table
 
+Rows = list[tuple[str, str]]  # (what, how)
+
 
 @dataclass
 class Plan:
     """Rows of (what, how), in the order in which they are shown."""
 
     title: str
-    rows: list[tuple[str, str]] = field(default_factory=list)
+    rows: Rows = field(default_factory=list)
 
     def add(self, what: str, how: str) -> None:
         self.rows.append((what, how))

@@ -10,13 +10,15 @@ from pathlib import Path
 
 from rich.console import Console
 
+from slothrl.activations import keep_activations
 from slothrl.checkpoint import checkpoints, set_aside, sweep
 from slothrl.config import Config
 from slothrl.engine import Engine
 from slothrl.fingerprint import fingerprint, settings
+from slothrl.fuse import fuse_as_asked
 from slothrl.interrupts import Interrupts
 from slothrl.models import parameter_bytes
-from slothrl.plan import Batch, Plan, size
+from slothrl.plan import Batch, Plan, Rows, size
 from slothrl.prepare import Prepared, prepare
 from slothrl.provenance import record_provenance
 from slothrl.report import append_jsonl, draw_curve, read_json, read_jsonl, write_json
@@ -110,7 +112,10 @@ def _start(prepared: Prepared, arguments, base: Base, output_dir: Path, console:
     from slothrl.trainers.build import build_trainer
 
     trainer = build_trainer(prepared, arguments, base.model)
-    describe(prepared, trainer, base, output_dir).show(console)
+    fused = fuse_as_asked(trainer.model, prepared.config.model.fuse, prepared.config.gpu.device)
+    if arguments.gradient_checkpointing:
+        fused += keep_activations(trainer.model, prepared.config.model.activations)
+    describe(prepared, trainer, base, output_dir, fused).show(console)
     return trainer, attach_engine(prepared, trainer, base, console)
 
 
@@ -127,8 +132,8 @@ def _resume_point(prepared: Prepared, output_dir: Path, made_of: dict, console: 
 # --- the plan -------------------------------------------------------------------------------------------------------
 
 
-def describe(prepared: Prepared, trainer, base: Base, output_dir: Path) -> Plan:
-    """The plan table of a run whose model is loaded, before anything is generated."""
+def describe(prepared: Prepared, trainer, base: Base, output_dir: Path, fused: Rows) -> Plan:
+    """The plan table of a run whose model is loaded, before anything is generated; `fused`: rows on fused layers."""
     config, args, model = prepared.config, trainer.args, prepared.model
     weights, trainable, count = parameter_bytes(trainer.model)
     plan = Plan(f"slothrl: {config.algo.name}")
@@ -139,6 +144,8 @@ def describe(prepared: Prepared, trainer, base: Base, output_dir: Path) -> Plan:
     lora = config.model.lora
     adapter = f"{trainable / 1e6:.2f}M trainable, {size(trainable * 4)} in float32"
     plan.add("LoRA", f"r={lora.r}, alpha={lora.lora_alpha}, {adapter}")
+    for what, how in fused:
+        plan.add(what, how)
     plan.add("data", f"{prepared.data_title}{_prompt_note(prepared)}")
     plan.add("step", _batch(prepared, args).describe())
     steps = args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"

@@ -3,7 +3,11 @@
 Without Triton (`HAS_TRITON` is False) the package imports all the same; a kernel then raises RuntimeError when called.
 """
 
-from slothrl_kernels.glu import glu, glu_reference
+from slothrl_kernels.base_weight import BaseWeight, Int8Weight
+from slothrl_kernels.glu import glu, glu_backward, glu_backward_reference, glu_reference
+from slothrl_kernels.lora_linear import lora_linear, lora_linear_reference
+from slothrl_kernels.lora_math import Projection
+from slothrl_kernels.lora_mlp import lora_mlp, lora_mlp_reference
 from slothrl_kernels.nf4_dequantize import nf4_dequantize, nf4_dequantize_reference
 from slothrl_kernels.nf4_lora import LoraDelta, nf4_lora_matmul, nf4_lora_matmul_reference
 from slothrl_kernels.nf4_matmul import nf4_matmul, nf4_matmul_reference
@@ -22,15 +26,24 @@ from slothrl_kernels.switch import HAS_TRITON, Impl, takes_triton
 __all__ = [
     "HAS_TRITON",
     "IGNORE_LABEL",
+    "BaseWeight",
     "Impl",
+    "Int8Weight",
     "LoraDelta",
     "NestedAbsmax",
     "Nf4Weight",
     "PackedLayout",
+    "Projection",
     "add_rms_norm",
     "add_rms_norm_reference",
     "glu",
+    "glu_backward",
+    "glu_backward_reference",
     "glu_reference",
+    "lora_linear",
+    "lora_linear_reference",
+    "lora_mlp",
+    "lora_mlp_reference",
     "nf4_dequantize",
     "nf4_dequantize_reference",
     "nf4_lora_matmul",

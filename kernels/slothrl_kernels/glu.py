@@ -56,6 +56,36 @@ def glu(gate: Tensor, up: Tensor, activation: Activation = "silu", impl: Impl = 
     return _GLU.apply(gate, up, activation)  # pyright: ignore
 
 
+def glu_backward_reference(
+    gate: Tensor, up: Tensor, to_y: Tensor, activation: Activation = "silu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The plain-torch truth of `glu_backward`, with the same arguments; new tensors."""
+    leaves = [gate.detach().requires_grad_(), up.detach().requires_grad_()]
+    with torch.enable_grad():
+        y = glu_reference(leaves[0], leaves[1], activation)
+    to_gate, to_up = torch.autograd.grad(y, leaves, to_y)
+    return y.detach(), to_gate, to_up
+
+
+def glu_backward(
+    gate: Tensor, up: Tensor, to_y: Tensor, activation: Activation = "silu", impl: Impl = "auto", in_place: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, dgate, dup) of `glu` in one pass over memory, for whoever keeps gate and up and needs y again. No autograd.
+
+    Args:
+        gate, up, to_y: one shape, dtype and device; to_y is the gradient of y.
+        in_place: the kernel writes y over to_y, dgate over gate and dup over up; the reference makes new tensors.
+
+    Raises: as `glu`.
+    """
+    _check(gate, up, activation)
+    if not takes_triton(impl, gate) or gate.dtype == torch.float64 or gate.dim() == 0:
+        return glu_backward_reference(gate, up, to_y, activation)
+    outputs = [to_y, gate, up] if in_place else [torch.empty_like(gate) for _ in range(3)]
+    _run(_backward_kernel, [gate, up, to_y, *outputs[1:], outputs[0]], activation, WRITE_Y=True)
+    return outputs[0], outputs[1], outputs[2]
+
+
 def _check(gate: Tensor, up: Tensor, activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
@@ -85,11 +115,11 @@ class _GLU(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple:
         gate, up = ctx.saved_tensors
         to_gate, to_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
-        _run(_backward_kernel, [gate, up, gradients[0], to_gate, to_up], ctx.activation)
+        _run(_backward_kernel, [gate, up, gradients[0], to_gate, to_up, to_up], ctx.activation, WRITE_Y=False)
         return to_gate, to_up, None
 
 
-def _run(kernel: Any, tensors: list[Tensor], activation: str) -> None:
+def _run(kernel: Any, tensors: list[Tensor], activation: str, **constants: bool) -> None:
     if tensors[0].numel() == 0:
         return
     flat = _together(tensors)
@@ -104,6 +134,7 @@ def _run(kernel: Any, tensors: list[Tensor], activation: str) -> None:
             ACTIVATION=ACTIVATIONS.index(activation),
             BLOCK=BLOCK,
             num_warps=8,
+            **constants,
         )
 
 
@@ -157,15 +188,18 @@ def _backward_kernel(
     to_y,
     to_gate,
     to_up,
+    y,
     gate_stride,
     up_stride,
     to_y_stride,
     to_gate_stride,
     to_up_stride,
+    y_stride,
     width,
     blocks,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
+    WRITE_Y: tl.constexpr,
 ):
     row, column, inside = _place(width, blocks, BLOCK)
     g = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
@@ -174,3 +208,5 @@ def _backward_kernel(
     a, slope = _act(g, ACTIVATION)
     tl.store(to_gate + row * to_gate_stride + column, (d * u * slope).to(to_gate.dtype.element_ty), mask=inside)
     tl.store(to_up + row * to_up_stride + column, (d * a).to(to_up.dtype.element_ty), mask=inside)
+    if WRITE_Y:
+        tl.store(y + row * y_stride + column, (a * u).to(y.dtype.element_ty), mask=inside)

@@ -61,7 +61,9 @@ def go(tmp_path):
 
 
 def test_nf4_run_shares_its_base(go):
-    said, logged, output = go("model.quantization=nf4", "model.dtype=bfloat16", "rollout.share_base=always")
+    nf4 = ("model.quantization=nf4", "model.dtype=bfloat16")
+    said, logged, output = go(*nf4, "rollout.share_base=always", "model.fuse=on")
+    assert "2 gated MLP, 2 q_proj + k_proj + v_proj" in said  # fused layers over vLLM's bytes
     assert "once: vLLM's and the trainer's are one" in said
     assert "policy probe: vLLM and the trainer differ by" in said
     assert len(logged) == 3

@@ -86,3 +86,16 @@ def test_lora_shrink_compiles(capability):
     options = {"num_warps": 4, "num_stages": 3}
     compiled = compile_kernel(lora_shrink_kernel, pointers, ("M", "N", "K", "splits"), constants, capability, **options)
     assert compiled.metadata.shared <= CONSUMER_SHARED_MEMORY
+
+
+@pytest.mark.parametrize("activation", [0, 1, 2], ids=["silu", "gelu", "gelu_tanh"])
+def test_gradients_of_a_glu_with_its_value_again(activation):
+    """Three loads, three stores of vectors, and nothing spilled."""
+    from slothrl_kernels.glu import BLOCK, _backward_kernel
+
+    pointers = dict.fromkeys(("gate", "up", "to_y", "to_gate", "to_up", "y"), "*bf16")
+    integers = [f"{name}_stride" for name in pointers] + ["width", "blocks"]
+    constants = {"ACTIVATION": activation, "BLOCK": BLOCK, "WRITE_Y": True}
+    compiled = compile_kernel(_backward_kernel, pointers, integers, constants, 90, num_warps=8)
+    assert instructions(compiled, r"ld\.global\.v4\.b32") == instructions(compiled, r"st\.global\.v4\.b32") == 3
+    assert instructions(compiled, r"\.local") == 0

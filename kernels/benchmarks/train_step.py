@@ -1,0 +1,236 @@
+"""One SFT step of QLoRA, a process an arm: slothrl (fused), the same unfused, transformers + PEFT, Unsloth.
+
+    python -m slothrl bench step                                          # Llama-3-8B's shape, 2 x 2048 tokens
+    python -m slothrl bench step --shape 0.6b --batch 8 --length 512      # Qwen3-0.6B's
+    python -m slothrl bench step --arms slothrl,peft --length 8192 --batch 1
+
+nf4 with double quantisation, LoRA r=16 on the seven linear layers with float32 weights under bf16 autocast, gradient
+checkpointing, AdamW8bit, random weights and tokens, the same in every arm. A step is forward, backward, optimizer;
+median of `--steps` after three to warm up. Every arm must have the first arm's loss and a gradient that is not zero.
+Unsloth runs where it can be imported, through its public interface, from a checkpoint of the same weights on disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ARMS = ("slothrl", "unfused", "peft", "unsloth")
+LOSS_TOLERANCE = 5e-3  # of bf16 implementations that round in different places
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="slothrl bench step", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", default="8b", choices=["8b", "0.6b", "tiny"])
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=2048, help="tokens a sequence")
+    parser.add_argument("--steps", type=int, default=7)
+    parser.add_argument("--activations", default="auto", help="of slothrl: auto, layer, attention, offload, both")
+    parser.add_argument("--arms", help=f"some of {','.join(ARMS)}; default: slothrl,peft, and unsloth if installed")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)  # set in the process of one arm
+    arguments = parser.parse_args()
+    if arguments.arm:
+        print("RESULT " + json.dumps(run_arm(arguments)), flush=True)
+        return 0
+    arms = arguments.arms.split(",") if arguments.arms else ["slothrl", "peft"]
+    if not arguments.arms and importlib.util.find_spec("unsloth"):
+        arms.append("unsloth")
+    return compare(arms, arguments)
+
+
+# --- the comparison -------------------------------------------------------------------------------------------------
+
+
+def compare(arms: list[str], arguments: argparse.Namespace) -> int:
+    shape = f"{arguments.shape} shape, {arguments.batch} x {arguments.length} tokens"
+    print(f"### SFT step, {shape}, nf4, LoRA r=16\n", flush=True)
+    results = {arm: in_process(arm) for arm in arms}
+    first = next((r for r in results.values() if "loss" in r), {})
+    print(f"{first.get('device', '?')}, torch {first.get('torch', '?')}, {time.strftime('%Y-%m-%d')}\n")
+    print("| arm | tok/s | ms a step | peak GiB allocated | reserved | loss | gradient norm |\n" + "|---" * 7 + "|")
+    wrong = []
+    for arm, result in results.items():
+        if "loss" not in result:
+            print(f"| {arm} | FAILED: {result['error']} |")
+            wrong.append(arm)
+            continue
+        cells = [f"{result['tokens_per_second']:,.0f}", f"{result['ms']:.1f}", f"{result['allocated']:.2f}"]
+        cells += [f"{result['reserved']:.2f}", f"{result['loss']:.4f}", f"{result['grad_norm']:.4f}"]
+        print(f"| {arm} | " + " | ".join(cells) + " |")
+        same = abs(result["loss"] - first["loss"]) <= LOSS_TOLERANCE * abs(first["loss"])
+        if not same or not result["grad_norm"] > 0:
+            wrong.append(f"{arm} (it does not train what {arms[0]} trains)")
+    for note in (f"{arm}: {result['note']}" for arm, result in results.items() if result.get("note")):
+        print(f"\n{note}")
+    print(f"\nwrong: {', '.join(wrong)}" if wrong else "\nequal loss and a nonzero gradient in every arm")
+    return 1 if wrong else 0
+
+
+def in_process(arm: str) -> dict[str, Any]:
+    """The arm's result, or {"error": its last line}."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm]
+    child = subprocess.run(command, capture_output=True, text=True)
+    for line in child.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line.removeprefix("RESULT "))
+    print(child.stderr[-3000:], file=sys.stderr)
+    return {"error": (child.stderr.strip().splitlines() or ["no output"])[-1][:200]}
+
+
+# --- one arm --------------------------------------------------------------------------------------------------------
+
+
+def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.arm == "unsloth":
+        importlib.import_module("unsloth")  # before transformers, or it says so
+    import torch
+
+    cuda = arguments.device == "cuda"
+    prepare = prepare_unsloth if arguments.arm == "unsloth" else prepare_ours
+    model, loss_of, note = prepare(arguments)
+    vocabulary = model.config.vocab_size
+    generator = torch.Generator().manual_seed(1)
+    shape = (arguments.batch, arguments.length)
+    ids = torch.randint(0, vocabulary, shape, generator=generator).to(arguments.device)
+    optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad], cuda)
+    losses, norm, taken = timed_steps(model, loss_of, optimizer, ids, arguments)
+    peak = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (0, 0)
+    return {
+        "tokens_per_second": ids.numel() / taken,
+        "ms": taken * 1e3,
+        "allocated": peak[0] / 2**30,
+        "reserved": peak[1] / 2**30,
+        "loss": losses[0],
+        "grad_norm": norm,
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "torch": torch.__version__,
+        "note": note,
+    }
+
+
+def timed_steps(
+    model: Any, loss_of: Callable, optimizer: Any, ids: Any, arguments: argparse.Namespace
+) -> tuple[list[float], float, float]:
+    """(every step's loss, the first gradient's norm, median seconds of a step after the three that warm up)."""
+    import torch
+
+    cuda, losses, norms, seconds = arguments.device == "cuda", [], [], []
+    for turn in range(3 + arguments.steps):
+        if turn == 3 and cuda:
+            torch.cuda.reset_peak_memory_stats()
+        wait(cuda)
+        start = time.perf_counter()
+        with torch.autocast(arguments.device, torch.bfloat16):
+            loss = loss_of(ids)
+        loss.backward()
+        if turn == 0:
+            norms.append(grad_norm(model))
+        optimizer.step()
+        optimizer.zero_grad()
+        wait(cuda)
+        seconds.append(time.perf_counter() - start)
+        losses.append(loss.item())
+    return losses, norms[0], median(seconds[3:])
+
+
+def prepare_ours(arguments: argparse.Namespace) -> tuple[Any, Callable, str]:
+    """slothrl, the same unfused, or transformers + PEFT, over one model made in memory."""
+    from peft import LoraConfig, get_peft_model
+    from random_models import LINEARS, random_model, randomize_adapter
+
+    base = random_model(arguments.shape, arguments.device, arguments.length)
+    model: Any = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, task_type="CAUSAL_LM"))
+    randomize_adapter(model)
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    model.train()
+    if arguments.arm == "peft":
+        return model, lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss, ""
+    note = ""
+    if arguments.arm == "slothrl":
+        from slothrl.activations import keep_activations
+        from slothrl.fuse import fuse
+
+        rows = fuse(model).rows() + keep_activations(model, arguments.activations)
+        note = "; ".join(f"{what} {how}".strip() for what, how in rows)
+    return model, lambda ids: streamed_loss(model, ids), note
+
+
+def streamed_loss(model: Any, ids: Any) -> Any:
+    """The same loss without logits: the next token's mean negative log-prob."""
+    from slothrl.logprobs import head_spec, selective_logprobs
+
+    base = model.get_base_model()
+    hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    labels = ids[:, 1:].flatten()
+    logprobs, _ = selective_logprobs(hidden.flatten(0, 1), labels, head_spec(model), with_entropy=False)
+    return -logprobs.mean()
+
+
+def prepare_unsloth(arguments: argparse.Namespace) -> tuple[Any, Callable, str]:
+    """Unsloth through FastLanguageModel, with its own gradient checkpointing and loss."""
+    from random_models import LINEARS, random_model, randomize_adapter, save_checkpoint
+    from unsloth import FastLanguageModel  # pyright: ignore
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(random_model(arguments.shape, arguments.device, arguments.length), Path(folder))
+        save_tokenizer(folder)
+        length = arguments.length
+        model, _ = FastLanguageModel.from_pretrained(folder, max_seq_length=length, load_in_4bit=True, dtype=None)
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=16,
+        lora_alpha=32,
+        lora_dropout=0,
+        target_modules=LINEARS,
+        use_gradient_checkpointing="unsloth",
+        max_seq_length=arguments.length,
+    )
+    randomize_adapter(model)
+    model.train()
+    return model, lambda ids: model(input_ids=ids, labels=ids).loss, ""
+
+
+def save_tokenizer(folder: str) -> None:
+    """Whatever passes for one: no text is ever read."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "<pad>": 2}, unk_token="<unk>"))
+    special = {"unk_token": "<unk>", "eos_token": "</s>", "bos_token": "</s>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+
+
+def optimizer_of(parameters: list, cuda: bool) -> Any:
+    if cuda:
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters, lr=1e-4)
+    from torch.optim import AdamW
+
+    return AdamW(parameters, lr=1e-4)
+
+
+def grad_norm(model: Any) -> float:
+    return sum(p.grad.float().square().sum().item() for p in model.parameters() if p.grad is not None) ** 0.5
+
+
+def wait(cuda: bool) -> None:
+    if cuda:
+        import torch
+
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""What a checkpointed layer keeps for its backward, and where: lossless, chosen anew at every forward.
+
+    layer        its input (B, S, h): transformers' own checkpointing
+    attention    the attention's output and log-sum-exp too, so that the one part of a layer whose cost grows with S is
+                 not run again, in as many layers as fit into half of the memory that is free
+    offload      as layer, with the input in the host's pinned memory, fetched again while the layer above is worked on
+    both         attention and offload
+    auto         on a GPU attention, where its share of a layer's FLOPs makes up for what saving takes; else layer
+
+transformers asks each layer's `_gradient_checkpointing_func`, and trainers set it anew when they start: a hook in front
+of the decoder puts ours there again, on this instance, and `release` takes both away.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from slothrl.offload import HostMemory
+from slothrl.plan import Rows
+
+POLICIES = ("auto", "layer", "attention", "offload", "both")
+WORTH = 0.3  # of a layer's forward FLOPs: 24K tokens of Llama-3-8B; below, keeping it saves a few per cent of a step
+SHARE = 0.5  # of the free memory, for attention outputs
+_KEPT = "_slothrl_activations"
+
+
+def keep_activations(model: Any, policy: str) -> Rows:
+    """Let the checkpointed layers of `model` keep what `policy` says; rows for the plan table.
+
+    It does nothing until gradient checkpointing is on, and nothing to reentrant checkpointing.
+
+    Raises:
+        ValueError: an unknown policy.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"policy {policy!r} is not one of {', '.join(POLICIES)}")
+    release(model)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    owner, layers = _layers(base)
+    if owner is None or policy == "layer":
+        return [("activations", "layer inputs" if owner else "this model has no layers that transformers checkpoints")]
+    vars(model)[_KEPT] = Activations(owner, layers, policy)
+    words = {
+        "auto": f"layer inputs, and attention outputs where they are {WORTH:.0%} of the work and fit",
+        "attention": "layer inputs and attention outputs, as far as they fit",
+        "offload": "layer inputs, in the host's memory",
+        "both": "layer inputs in the host's memory; attention outputs on the device, as far as they fit",
+    }
+    return [("activations", words[policy])]
+
+
+def release(model: nn.Module) -> None:
+    """Take away what `keep_activations` put into `model`."""
+    kept = vars(model).pop(_KEPT, None)
+    if kept is not None:
+        kept.remove()
+
+
+class Activations:
+    """Watches the forwards of a decoder and decides, for each, what its layers keep."""
+
+    def __init__(self, owner: nn.Module, layers: list[Any], policy: str) -> None:
+        self.layers, self.policy = layers, policy
+        self.host = HostMemory(len(layers)) if policy in ("offload", "both") else None
+        self.attending = 0  # layers that keep their attention's output, in this forward
+        self.handle = owner.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def remove(self) -> None:
+        self.handle.remove()
+        for layer in self.layers:
+            function = vars(layer).get("_gradient_checkpointing_func")
+            if isinstance(function, _Checkpoint):
+                layer._gradient_checkpointing_func = function.theirs
+
+    def _before_forward(self, owner: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        for index, layer in enumerate(self.layers):
+            theirs = vars(layer).get("_gradient_checkpointing_func")
+            mine = isinstance(theirs, partial) and not theirs.keywords.get("use_reentrant", True)
+            if mine and theirs.func is checkpoint:
+                layer._gradient_checkpointing_func = _Checkpoint(self, index, theirs)
+        if self.host is not None:
+            self.host.begin()
+        if self.policy != "offload" and given is not None and given.dim() >= 2 and torch.is_grad_enabled():
+            self.attending = self._how_many(given.size(0), given.size(1), given.device)
+
+    def _how_many(self, batch: int, length: int, device: torch.device) -> int:
+        """Layers whose attention is kept: all or none of them by what it is worth, and as many as fit."""
+        config, count = self.layers[0].self_attn.config, len(self.layers)
+        if self.policy == "auto" and device.type != "cuda":
+            return 0
+        heads = config.num_attention_heads
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        if self.policy == "auto" and _attention_share(self.layers[0], length, width) < WORTH:
+            return 0
+        if device.type != "cuda":
+            return count
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return min(count, int(SHARE * free / (batch * length * (2 * width + 4 * heads))))
+
+
+class _Checkpoint:
+    """A layer's checkpointing function, in the place of transformers' own."""
+
+    def __init__(self, activations: Activations, index: int, theirs: partial) -> None:
+        self.activations, self.index, self.theirs = activations, index, theirs
+
+    def __call__(self, function: Any, *args: Any) -> Any:
+        activations, options = self.activations, {}
+        if self.index < activations.attending:
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_attention)
+        host = activations.host
+        with nullcontext() if host is None else host.taking(self.index):
+            return self.theirs(function, *args, **options)
+
+
+def keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Asked of each operation, by `create_selective_checkpoint_contexts`: attention of torch or flash-attn is kept."""
+    name = str(operation)
+    attends = ("attention" in name or "flash_attn" in name) and "backward" not in name
+    return CheckpointPolicy.MUST_SAVE if attends else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _attention_share(layer: nn.Module, length: int, width: int) -> float:
+    """Of a layer's forward FLOPs a token at this length: causal attention 2 S width, projections 2 a weight."""
+    weights = 0
+    for module in layer.modules():
+        if isinstance(module, nn.Linear):
+            weights += module.in_features * module.out_features
+    attention = 2 * length * width
+    return attention / (attention + 2 * weights)
+
+
+def _layers(base: nn.Module) -> tuple[nn.Module | None, list[Any]]:
+    """(the decoder, its layers that transformers can checkpoint); those of the longest list, if there are several."""
+    best: tuple[nn.Module | None, list[Any]] = (None, [])
+    for owner in base.modules():
+        for child in owner.children():
+            if isinstance(child, nn.ModuleList):
+                layers = [m for m in child if hasattr(m, "_can_checkpoint_with_cache") and _has_attention(m)]
+                if len(layers) == len(child) > len(best[1]):
+                    best = (owner, layers)
+    return best
+
+
+def _has_attention(layer: Any) -> bool:
+    return hasattr(getattr(getattr(layer, "self_attn", None), "config", None), "num_attention_heads")

@@ -1,0 +1,230 @@
+"""Fused layers and models on a GPU: against float64 at real widths, against the unfused model, and in memory."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from slothrl_kernels import Projection, lora_linear, lora_linear_reference, lora_mlp, lora_mlp_reference
+
+from slothrl.activations import keep_activations
+from slothrl.fuse import fuse, unfuse
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "kernels" / "benchmarks"))
+from random_models import LINEARS, SHAPES, random_linear, random_model, randomize_adapter  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+TOKENS = 1024
+SHAPES["8b, 2 layers"] = {**SHAPES["8b"], "num_hidden_layers": 2, "vocab_size": 8192}
+SHAPES["0.6b, 4 layers"] = {**SHAPES["0.6b"], "num_hidden_layers": 4, "vocab_size": 8192}
+
+
+def projection(outputs, inputs, seed, rank=16):
+    from slothrl.fuse_layers import LinearReader
+
+    generator = torch.Generator("cuda").manual_seed(seed)
+    layer = random_linear(inputs, outputs, generator)
+    x = torch.zeros(1, inputs, device="cuda", dtype=torch.bfloat16)
+    reading = LinearReader(layer).read(x)
+    assert reading is not None
+    a = torch.randn(rank, inputs, device="cuda", generator=generator) * 0.02
+    b = torch.randn(outputs, rank, device="cuda", generator=generator) * 0.02
+    return Projection(reading.projection.weight, None, a.bfloat16(), b.bfloat16(), 2.0)
+
+
+def results(function, x, group, dtype):
+    """Outputs and gradients of x, A and B, in float64."""
+    leaves = [x.to(dtype, copy=True).requires_grad_()]
+    made = []
+    for p in group:
+        a, b = (t.to(dtype, copy=True).requires_grad_() for t in (p.a, p.b))
+        leaves += [a, b]
+        made.append(Projection(p.weight, None, a, b, p.scaling))
+    outputs = function(leaves[0], made)
+    outputs = outputs if isinstance(outputs, list) else [outputs]
+    generator = torch.Generator("cuda").manual_seed(99)
+    upstream = [torch.randn(y.shape, device="cuda", generator=generator).to(dtype) for y in outputs]
+    torch.autograd.backward(outputs, upstream)
+    return [t.detach().double() for t in (*outputs, *(leaf.grad for leaf in leaves))]
+
+
+def assert_no_worse(function, reference, group):
+    """Each result's mean error against float64 is at most the reference's in bf16, and a tenth."""
+    x = torch.randn(TOKENS, group[0].weight.shape[1], device="cuda", generator=torch.Generator("cuda").manual_seed(7))
+    x = x.bfloat16()
+    truth = results(reference, x, group, torch.float64)
+    plain, ours = (results(f, x, group, torch.bfloat16) for f in (reference, function))
+    for i, (exact, theirs, mine) in enumerate(zip(truth, plain, ours, strict=True)):
+        allowed = 1.1 * (theirs - exact).abs().mean() + 1e-6 * exact.abs().mean()
+        assert mine.isfinite().all() and (mine - exact).abs().mean() <= allowed, i
+
+
+@pytest.mark.parametrize("layout", ["narrow", "wide", "auto"])
+@pytest.mark.parametrize("widths", [(4096, 1024, 1024), (14336, 14336)], ids=["q, k, v", "gate, up"])
+def test_groups_against_float64(widths, layout):
+    group = [projection(n, 4096, i) for i, n in enumerate(widths)]
+    assert_no_worse(lambda x, g: lora_linear(x, g, layout=layout), lora_linear_reference, group)
+
+
+@pytest.mark.parametrize("layout", ["narrow", "wide", "tall"])
+@pytest.mark.parametrize("shape", [(4096, 4096), (4096, 14336)], ids=["o", "down"])
+def test_singles_against_float64(shape, layout):
+    group = [projection(*shape, 1)]
+    assert_no_worse(lambda x, g: lora_linear(x, g, layout=layout), lora_linear_reference, group)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_mlp_against_float64(recompute):
+    group = [projection(14336, 4096, 0), projection(14336, 4096, 1), projection(4096, 14336, 2)]
+    ours = lambda x, g: lora_mlp(x, g[:2], g[2], recompute=recompute)  # noqa: E731
+    assert_no_worse(ours, lambda x, g: lora_mlp_reference(x, g[:2], g[2]), group)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_the_mlp_keeps(recompute):
+    """x and, unless recomputed, gate and up: nothing else of the size of an activation outlives the forward."""
+    group = [projection(14336, 4096, 0), projection(14336, 4096, 1), projection(4096, 14336, 2)]
+    x = torch.randn(4096, 4096, device="cuda").bfloat16().requires_grad_()
+    for p in group:
+        p.a.requires_grad_(), p.b.requires_grad_()  # pyright: ignore
+    lora_mlp(x, group[:2], group[2], recompute=recompute)  # compiles, and fills caches
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y = lora_mlp(x, group[:2], group[2], recompute=recompute)
+    kept = torch.cuda.memory_allocated() - before - y.nbytes
+    assert kept <= (0 if recompute else 2 * 4096 * 14336 * 2) + (1 << 20)
+
+
+def adapted(shape):
+    base = random_model(shape, "cuda", 2048)
+    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, task_type="CAUSAL_LM"))
+    randomize_adapter(model)
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    return model.train()
+
+
+def step(model, ids):
+    """(loss, gradients by name, peak bytes beyond the model)."""
+    model.zero_grad()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, peak
+
+
+@pytest.mark.parametrize("shape", ["8b, 2 layers", "0.6b, 4 layers"])
+def test_a_fused_model_trains_what_the_plain_one_does(shape):
+    """Loss and gradients in bf16's precision, the kernels' launches being the only difference; in less memory."""
+    model = adapted(shape)
+    ids = torch.randint(0, 8192, (2, 1000), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    step(model, ids)
+    plain = step(model, ids)
+    report = fuse(model)
+    layers = SHAPES[shape]["num_hidden_layers"]
+    assert report.fused["gated MLP"] == report.fused["q_proj + k_proj + v_proj"] == report.fused["RoPE"] == layers
+    assert not report.kept and not report.notes and report.difference is not None and report.difference < 0.05
+    step(model, ids)
+    fused = step(model, ids)
+    assert fused[0] == pytest.approx(plain[0], rel=2e-3)
+    assert fused[1].keys() == plain[1].keys() and len(plain[1]) == layers * 14
+    for name, gradient in plain[1].items():
+        assert gradient.norm() > 0, name
+        assert (fused[1][name] - gradient).norm() <= 0.1 * gradient.norm(), name
+    assert fused[2] <= 1.02 * plain[2]
+    unfuse(model)
+    after = step(model, ids)
+    assert after[0] == pytest.approx(plain[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["attention", "offload", "both"])
+def test_what_checkpointed_layers_keep(policy):
+    """The same gradients: kept attention is not run again; inputs leave the device and come back as they were."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Attentions(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            self.count += "attention" in str(operation) and "backward" not in str(operation)
+            return operation(*args, **(kwargs or {}))
+
+    model = adapted("0.6b, 4 layers")
+    ids = torch.randint(0, 8192, (2, 2000), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    fuse(model)
+    step(model, ids)
+    plain, again = step(model, ids), step(model, ids)
+    keep_activations(model, policy)
+    for _ in range(3):  # memory of the host and of both streams is used again
+        kept = step(model, ids)
+    noise = max((again[1][n] - g).norm() / g.norm() for n, g in plain[1].items())
+    assert kept[0] == pytest.approx(plain[0], rel=1e-6)
+    assert all((kept[1][n] - g).norm() <= (3 * noise + 1e-6) * g.norm() for n, g in plain[1].items())
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    with Attentions() as seen:
+        loss.backward()
+    assert seen.count == (4 if policy == "offload" else 0)
+
+
+def test_offloading_frees_the_layer_inputs():
+    """Between forward and backward the inputs of all layers but the last are gone, and but the embeddings, a leaf."""
+    model = adapted("0.6b, 4 layers")
+    ids = torch.randint(0, 8192, (1, 4096), device="cuda")
+    held = {}
+    for policy in ("layer", "offload"):
+        keep_activations(model, policy)
+        for _ in range(2):
+            with torch.autocast("cuda", torch.bfloat16):
+                hidden = model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
+            torch.cuda.synchronize()
+            torch.empty(1, device="cuda")  # the allocator takes note of copies that are done
+            held[policy] = torch.cuda.memory_allocated()
+            hidden.sum().backward()
+            del hidden
+            model.zero_grad(set_to_none=True)
+    assert held["layer"] - held["offload"] >= 2 * 4096 * 1024 * 2
+
+
+def test_generates_the_same_tokens():
+    """Few rows run the 4-bit GEMM; a cache, and no gradients."""
+    model = adapted("8b, 2 layers").eval()
+    model.get_base_model().gradient_checkpointing_disable()
+    ids = torch.randint(0, 8192, (2, 40), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        plain = model(input_ids=ids).logits.float()
+        fuse(model)
+        fused = model(input_ids=ids).logits.float()
+        cached = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+    assert (fused - plain).abs().mean() <= 0.02 * plain.abs().mean()
+    assert cached.shape == (2, 44)
+
+
+def test_llm_int8_rounds_its_inputs_and_stays():
+    """Dequantising would be nearer to the truth, and another computation than bitsandbytes does."""
+    from bitsandbytes.nn import Linear8bitLt
+
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            plain = [torch.nn.Linear(512, 512, bias=False) for _ in range(2)]
+            self.one, self.two = (Linear8bitLt(512, 512, bias=False, has_fp16_weights=False) for _ in range(2))
+            for layer, source in zip((self.one, self.two), plain, strict=True):
+                layer.load_state_dict(source.state_dict())
+
+        def forward(self, x):
+            return self.one(x) + self.two(x)
+
+    module = Two().cuda()
+    module.is_loaded_in_8bit = True  # pyright: ignore
+    model = get_peft_model(module, LoraConfig(r=8, target_modules=["one", "two"]))  # pyright: ignore
+    x = torch.randn(4, 512, device="cuda").half()
+    with torch.autocast("cuda", torch.float16):
+        before = model(x)
+        report = fuse(model, inputs={"x": x.clone().requires_grad_()})
+        assert torch.equal(model(x), before)
+    assert not report.fused and {what for what, _ in report.kept} == {"one", "two"}
