@@ -72,11 +72,15 @@ def _lora(total, xa, lora_b, ends, row, token, M, RANK: tl.constexpr, SLICES: tl
 
 @jit
 def _gather(total, partials, address, inside, size, splits):
-    """The sum of all splits' partials, in order; four loads at a time are under way."""
+    """The sum of all splits' partials, in order; of small tiles four loads at a time are under way.
+
+    Large tiles have no registers for that: they would spill, or leave room for one program only where there are two.
+    """
+    AHEAD: tl.constexpr = 4 if total.numel <= 2048 else 1  # pyright: ignore
     total = tl.zeros_like(total)
     partials += address
-    for split in range(0, splits, 4):
-        for i in tl.static_range(4):  # pyright: ignore
+    for split in range(0, splits, AHEAD):
+        for i in tl.static_range(AHEAD):  # pyright: ignore
             there = inside & (tl.zeros([1, 1], tl.int32) + (split + i) < splits)
             # Past L1, which is not coherent.
             total += tl.load(partials + (split + i) * size, mask=there, other=0.0, cache_modifier=".cg")
