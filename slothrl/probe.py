@@ -125,8 +125,9 @@ class PolicyProbe:
         return moved, apart, scale
 
     def _require_followed(self, moved: float, apart: float, what: str, share: float = 1 / 3) -> None:
-        # Both conditions: an engine that ignores the adapter agrees with itself, one that misplaces it moves.
-        if moved < 0.05 or apart > moved * share:
+        # Both conditions: an engine that ignores the adapter agrees with itself, one that misplaces it moves. One kind
+        # of projection may move a model little at any size: k_proj of two random layers 0.05 nat, 8 times the noise.
+        if moved < 0.02 or apart > moved * share:
             raise PolicyMismatchError(
                 f"the {self.engine.name} engine does not follow the LoRA: {what} moved its log-probs by "
                 f"{moved:.3f} nat and left them {apart:.3f} nat from the trained model's"

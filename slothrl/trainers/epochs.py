@@ -36,7 +36,9 @@ def _sampler(dataloader: Any) -> Any:
 
 def shuffling(dataloader: Any) -> dict[str, Any]:
     """The random states from which the next pass over `dataloader` takes its order, as a tree."""
-    generator = getattr(_sampler(dataloader), "generator", None)
+    sampler = _sampler(dataloader)
+    # accelerate's sampler seeds its generator by the epoch, and has none before its first pass.
+    generator = None if hasattr(sampler, "set_epoch") else getattr(sampler, "generator", None)
     return {"random": random_state(), "sampler": generator.get_state() if generator is not None else None}
 
 

@@ -15,7 +15,10 @@ from slothrl.fuse import fuse, unfuse
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels" / "benchmarks"))
 from random_models import LINEARS, SHAPES, random_linear, random_model, randomize_adapter  # noqa: E402
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 TOKENS = 1024
 SHAPES["8b, 2 layers"] = {**SHAPES["8b"], "num_hidden_layers": 2, "vocab_size": 8192}
 SHAPES["0.6b, 4 layers"] = {**SHAPES["0.6b"], "num_hidden_layers": 4, "vocab_size": 8192}

@@ -14,7 +14,7 @@ import torch
 from slothrl import checkpoint
 from slothrl.run_lock import only_writer
 from slothrl.train import main
-from tests.integration.killed_runs import differing, lines, outcome
+from tests.integration.killed_runs import differing, last_checkpoint, lines, outcome
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +106,22 @@ def test_sigkill_at_random_moments(tmp_path, tiny_folders, reward):
         assert report["kills"] == 3
         assert report["differing"] == [], report
         assert set(report["codes"]) == {0}
+
+
+def test_sft_from_the_end_of_an_epoch(tmp_path, tiny_folders):
+    """Its sampler is another one: made anew, it has drawn nothing yet, and the next order is the same."""
+    arguments = [*SFT, f"model.name={tiny_folders['tiny']}", "trainer.save_total_limit=20"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert main([*arguments, f"output_dir={tmp_path / 'whole'}"]) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-14")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "summary.json").unlink()
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-12"  # 4 steps an epoch
+    assert main([*arguments, f"output_dir={tmp_path / 'run'}", "resume=auto"]) == 0
+    torch.set_num_threads(threads)
+    assert differing(outcome(tmp_path / "run"), outcome(tmp_path / "whole")) == []
 
 
 @pytest.mark.parametrize("step", [3, 12, 15])  # amid a generation; at an epoch's end; amid the second epoch
