@@ -33,10 +33,10 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def test_it_learns(tmp_path):
-    """The README's command with 16 of its 32 steps."""
-    summary = train(tmp_path, "rollout=transformers", "trainer.max_steps=16")
+    """The README's command with 20 of its 32 steps."""
+    summary = train(tmp_path, "rollout=transformers", "trainer.max_steps=20")
     assert summary["metric"] == "exact_match"
-    assert summary["steps"] == 16
+    assert summary["steps"] == 20
     assert summary["after"] - summary["before"] >= 0.3
     rewards = [m["reward"] for m in metrics(tmp_path) if "reward" in m]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.3
@@ -48,11 +48,11 @@ def test_it_learns(tmp_path):
 @needs_vllm
 def test_it_learns_through_vllm(tmp_path):
     """Fewer steps than the README's run: the seconds go into vLLM's CPU path, not into learning."""
-    summary = train(tmp_path, "rollout=vllm", "trainer.max_steps=12")
+    summary = train(tmp_path, "rollout=vllm", "trainer.max_steps=16")
     assert summary["engine"] == "vllm"
-    assert summary["after"] - summary["before"] >= 0.2
+    assert summary["after"] - summary["before"] >= 0.3
     logged = [m for m in metrics(tmp_path) if "reward" in m]
-    assert len(logged) == 12
+    assert len(logged) == 16
     assert sum(m["reward"] for m in logged[-4:]) / 4 > sum(m["reward"] for m in logged[:4]) / 4 + 0.15
     # Both sides compute in float32, so the policies agree at every step, not just at the start.
     assert all(m["sampling/sampling_logp_difference/mean"] < 1e-3 for m in logged)
