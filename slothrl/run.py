@@ -153,6 +153,8 @@ def describe(prepared: Prepared, trainer, base: Base, output_dir: Path, fused: R
     if not prepared.sft:
         plan.add("update", trainer.describe_update())
         plan.add("engine", f"{prepared.engine.name} ({prepared.engine.reason})")
+        if base.engine is not None:
+            plan.add("generation", base.engine.describe())
         for reward in prepared.rewards:
             plan.add("reward", f"{reward.name} x {reward.weight:g} ({reward.source})")
     if prepared.score is not None:

@@ -105,6 +105,15 @@ class VLLMEngine(Engine):
         self.push_lora()
         return self
 
+    def describe(self) -> str:
+        """Whose linear layers generate, and from what, in words."""
+        if self.linear is None:
+            return "vLLM's own linear layers, and its LoRA for many adapters"
+        if self.view:
+            return "from a 16-bit view of the base with the LoRA folded in (approximate), freed while asleep"
+        base = "one GEMM on the nf4 bytes" if self.linear == NF4 else "vLLM's products"
+        return f"{base} with the LoRA inside the layer ({self.linear})"
+
     @property
     def vllm_model(self) -> torch.nn.Module:
         """The module that vLLM runs, in this process: the base's owner."""

@@ -65,6 +65,7 @@ def test_nf4_run_shares_its_base(go):
     said, logged, output = go(*nf4, "rollout.share_base=always", "model.fuse=on")
     assert "2 gated MLP, 2 q_proj + k_proj + v_proj" in said  # fused layers over vLLM's bytes
     assert "once: vLLM's and the trainer's are one" in said
+    assert "one GEMM on the nf4 bytes with the LoRA inside the layer (slothrl_nf4)" in said
     assert "policy probe: vLLM and the trainer differ by" in said
     assert len(logged) == 3
     assert all(line["grad_norm"] > 0 for line in logged)
@@ -83,9 +84,21 @@ def test_nf4_run_shares_its_base(go):
 
 
 def test_a_base_that_cannot_be_shared_is_there_twice_and_says_why(go):
-    said, logged, _ = go("model.quantization=nf4", "model.dtype=bfloat16", "rollout.share_base=never")
+    nf4 = ("model.quantization=nf4", "model.dtype=bfloat16")
+    said, logged, _ = go(*nf4, "rollout.share_base=never", "rollout.linear=vllm")
     assert "twice, 1 MB more for the trainer's: rollout.share_base=never" in said
+    assert "vLLM's own linear layers" in said
     assert len(logged) == 3
+
+
+def test_a_run_on_a_view(go):
+    """What samples is a rounding away from what is trained, at every step anew, and its memory is accounted for."""
+    nf4 = ("model.quantization=nf4", "model.dtype=bfloat16")
+    said, logged, output = go(*nf4, "rollout.view=bf16")
+    assert "from a 16-bit view of the base with the LoRA folded in" in said
+    assert all(0 < line["sampling/sampling_logp_difference/mean"] < 0.1 for line in logged)
+    held = json.loads((output / "memory.json").read_text())[0]["parts"]["16-bit view"]
+    assert held == 2 * 2 * (256 * 128 + 128 * 128 + 512 * 128 + 128 * 256)
 
 
 def test_always_means_always(go):
