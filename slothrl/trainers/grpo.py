@@ -151,6 +151,7 @@ class GRPOTrainer(Guards, ExactCheckpoints, Watched, Signal, PackedStep, TRLGRPO
             extra=extra,
         )
         rollout = self.engine.generate(prompt_ids, sampling)
+        self._metrics["train" if self.model.training else "eval"]["rollout/occupancy"].append(rollout.occupancy)
         return rollout.completion_ids, rollout.sampling_logprobs
 
 
