@@ -6,8 +6,8 @@ buffers that vLLM made for an adapter of ours, and hands it a worker class throu
 | piece | seen working with | upstream | contract test |
 |---|---|---|---|
 | in-process engine, `ENVIRONMENT` | 0.26, 0.31 | documented variables | all of tests/integration/test_vllm_engine.py |
-| adapter registered from tensors | 0.26, 0.31 | no public tensor path | `test_lora_reaches_vllm` |
-| stacked LoRA buffers written in place | 0.26, 0.31 | no public tensor path | `test_push_in_place` |
+| adapter registered from tensors | 0.26, 0.31 | no public tensor path | `test_vllms_own_layers` |
+| stacked LoRA buffers written in place | 0.26, 0.31 | no public tensor path | `test_vllms_own_layers` |
 | base weights read where they lie (`vllm_layout`) | 0.26, 0.31 | no public layout | \
 tests/integration/test_shared_model.py |
 | `KVOnlyWorker`, sleep without the weights | 0.26 (GPU) | sleep takes weights and block tables along, #53343 | \
@@ -15,6 +15,8 @@ tests/integration/test_shared_model.py |
 | `release_kv_cache_memory` instead, where there is one | not run: GPU builds from 0.28 on | public | the same test |
 | transformers' classes rewritten by vLLM's transformers backend | 0.26, 0.31 | `support_torch_compile` on them | \
 `test_nf4_families[smollm3]` |
+| linear layers of ours, bitsandbytes' classes as bases (`vllm_linear`) | 0.26, 0.31 | public registry | \
+tests/integration/test_shared_model.py |
 | vLLM's stream (`streams.OwnStream`) | 0.26 (GPU) | it moves the calling thread to one of its own | `test_streams` |
 """
 
