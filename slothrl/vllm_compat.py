@@ -15,8 +15,7 @@ tests/integration/test_shared_model.py |
 | `release_kv_cache_memory` instead, where there is one | not run: GPU builds from 0.28 on | public | the same test |
 | transformers' classes rewritten by vLLM's transformers backend | 0.26, 0.31 | `support_torch_compile` on them | \
 `test_nf4_families[smollm3]` |
-| linear layers of ours, bitsandbytes' classes as bases (`vllm_linear`) | 0.26, 0.31 | public registry | \
-tests/integration/test_shared_model.py |
+| our linear layers, on bitsandbytes' classes (`vllm_linear`) | 0.26, 0.31 | public registry | `test_nf4_families` |
 | vLLM's stream (`streams.OwnStream`) | 0.26 (GPU) | it moves the calling thread to one of its own | `test_streams` |
 """
 

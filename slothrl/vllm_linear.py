@@ -9,8 +9,8 @@ Two methods, both with the one LoRA of a run inside the layer instead of vLLM's 
 A layer's LoRA is made with its weights, because vLLM compiles and captures right after loading; which adapter it will
 be travels in `additional_config`, vLLM's place for what its own config does not know. A LoRA of zeros changes nothing.
 
-Seen working with vLLM 0.26, where bitsandbytes' classes are vLLM's, and 0.31, where a plugin has them; loaders are chosen
-by a method's class name in both. Contract tests: tests/integration/test_shared_model.py.
+Seen working with vLLM 0.26, where bitsandbytes' classes are vLLM's, and 0.31, where a plugin has them; loaders are
+chosen by a method's class name in both. Contract tests: tests/integration/test_shared_model.py.
 """
 
 from __future__ import annotations
