@@ -10,7 +10,7 @@ A layer's LoRA is made with its weights, because vLLM compiles and captures righ
 be travels in `additional_config`, vLLM's place for what its own config does not know. A LoRA of zeros changes nothing.
 
 Seen working with vLLM 0.26, where bitsandbytes' classes are vLLM's, and 0.31, where a plugin has them; loaders are
-chosen by a method's class name in both. Contract tests: tests/integration/test_shared_model.py.
+chosen by a method's class name in both. Contract tests: tests/integration/test_shared_model.py, test_vllm_linear.py.
 """
 
 from __future__ import annotations

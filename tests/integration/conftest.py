@@ -41,3 +41,14 @@ def smollm3_as_it_was():
     for name, value in kept.items():
         if vars(rewritten)[name] is not value:
             setattr(rewritten, name, value)
+
+
+@pytest.fixture
+def plain_linears(monkeypatch):
+    """vLLM's CPU build packs plain weights for oneDNN and drops the originals; the GPU build keeps them. Keep them."""
+    import vllm.model_executor.layers.utils as utils
+
+    def keep(layer, remove_weight):
+        layer.cpu_linear = torch.nn.functional.linear
+
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep)

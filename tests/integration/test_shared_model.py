@@ -14,48 +14,13 @@ from slothrl.probe import PolicyProbe, mean_difference
 from slothrl.shared_model import SharedModel, empty_model
 from tests.families import FAMILIES, ROWS, make_checkpoint
 from tests.helpers import tiny_tokenizer
+from tests.integration.shared import check, start
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu holds the GPU's part"),
 ]
-
-
-@pytest.fixture
-def plain_linears(monkeypatch):
-    """vLLM's CPU build packs plain weights for oneDNN and drops the originals; the GPU build keeps them. Keep them."""
-    import vllm.model_executor.layers.utils as utils
-
-    def keep(layer, remove_weight):
-        layer.cpu_linear = torch.nn.functional.linear
-
-    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", keep)
-
-
-def start(folder, quantization, dtype="bfloat16", linear="slothrl", view=False, **lora):
-    """(engine, shared base, PEFT model) over one checkpoint."""
-    from slothrl.vllm_engine import VLLMEngine, VLLMOptions
-
-    torch.manual_seed(0)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", **lora)
-    outline = get_peft_model(empty_model(str(folder), torch.float32), config, low_cpu_mem_usage=True)
-    more = {"enforce_eager": True, "kv_cache_gb": 0.1, "linear": linear, "view": view}
-    options = VLLMOptions(str(folder), 128, 8, quantization, dtype=dtype, **more)
-    empty = empty_model(str(folder), getattr(torch, dtype))
-    engine = VLLMEngine(options, lora_shape(outline))
-    assert (engine.linear is None) == (linear == "vllm")
-    shared = SharedModel(engine.vllm_model, empty)
-    model = get_peft_model(shared.model, config)
-    return engine.follow(model, tiny_tokenizer()), shared, model
-
-
-def check(engine, shared, model, bound):
-    """Nothing of the base is the trainer's own, both compute the same, and vLLM follows the LoRA."""
-    assert shared.own_parameters(model) == []
-    probe = PolicyProbe(engine, model, ROWS, bound=bound)
-    probe.check()
-    probe.perturbation_test()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -70,40 +35,6 @@ def test_nf4_families(family, tmp_path, smollm3_as_it_was):
 def test_plain_families(family, dtype, tmp_path, plain_linears):
     engine, shared, model = start(make_checkpoint(family, tmp_path), None, dtype)
     check(engine, shared, model, bound=0.1 if dtype == "bfloat16" else 1e-3)
-    engine.close()
-
-
-def test_view_of_an_nf4_base(tmp_path):
-    """Generating from 16-bit weights with the LoRA folded in: close to the policy, and new after every push."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    engine, shared, model = start(make_checkpoint("qwen2", tmp_path), "bitsandbytes", view=True)
-    check(engine, shared, model, bound=0.2)
-    layer = engine.vllm_model.model.layers[0].self_attn.qkv_proj
-    assert layer.view.shape == (256, 128) and layer.view.dtype == torch.bfloat16
-    projection = model.get_base_model().model.layers[0].self_attn.k_proj
-    with torch.no_grad():
-        projection.lora_B["default"].weight.normal_(0, 0.1)
-    engine.push_lora()
-    engine.logprobs(ROWS)
-    state = projection.base_layer.weight.quant_state
-    weight = dequantize_4bit(projection.base_layer.weight.data, state)
-    folded = weight.float() + projection.get_delta_weight("default").float()
-    assert (layer.view[128:192].float() - folded).abs().max() <= 2**-7 * folded.abs().max()
-    assert engine.holdings()["16-bit view"] == 2 * 2 * (256 * 128 + 128 * 128 + 512 * 128 + 128 * 256)
-    engine.close()
-
-
-@pytest.mark.parametrize("quantization", ["bitsandbytes", None])
-def test_vllms_own_layers(quantization, tmp_path, plain_linears):
-    """The same over vLLM's linear layers and its machinery for many adapters."""
-    engine, shared, model = start(make_checkpoint("qwen2", tmp_path), quantization, linear="vllm")
-    check(engine, shared, model, bound=0.1)
-    rows = engine.slot.llm.apply_model(lambda module: module)[0].lora_manager.lora_index_to_id
-    rows[engine.slot.index], kept = None, rows[engine.slot.index]
-    with pytest.raises(RuntimeError, match="moved the adapter out of its place, or dropped it"):
-        engine.push_lora()
-    rows[engine.slot.index] = kept
     engine.close()
 
 
