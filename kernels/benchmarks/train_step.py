@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--activations", default="auto", help="of slothrl: auto, layer, attention, offload, both")
     parser.add_argument("--arms", help=f"some of {','.join(ARMS)}; default: slothrl,peft, and unsloth if installed")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--profile", action="store_true", help="also one step, kernel by kernel")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)  # set in the process of one arm
     arguments = parser.parse_args()
     if arguments.arm:
@@ -70,6 +71,8 @@ def compare(arms: list[str], arguments: argparse.Namespace) -> int:
         same = abs(result["loss"] - first["loss"]) <= LOSS_TOLERANCE * abs(first["loss"])
         if not same or not result["grad_norm"] > 0:
             wrong.append(f"{arm} (it does not train what {arms[0]} trains)")
+    for arm, result in results.items():
+        print("".join(f"\nPROFILE {arm} {line}" for line in result.get("profile", [])), end="")
     for note in (f"{arm}: {result['note']}" for arm, result in results.items() if result.get("note")):
         print(f"\n{note}")
     print(f"\nwrong: {', '.join(wrong)}" if wrong else "\nequal loss and a nonzero gradient in every arm")
@@ -105,6 +108,11 @@ def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
     optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad], cuda)
     losses, norm, taken = timed_steps(model, loss_of, optimizer, ids, arguments)
     peak = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (0, 0)
+    profile = []
+    if arguments.profile:
+        from profiled import profile_lines
+
+        profile = profile_lines(lambda: step(loss_of, optimizer, ids, arguments.device))
     return {
         "tokens_per_second": ids.numel() / taken,
         "ms": taken * 1e3,
@@ -115,6 +123,7 @@ def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cuda else "CPU",
         "torch": torch.__version__,
         "note": note,
+        "profile": profile,
     }
 
 
@@ -130,17 +139,26 @@ def timed_steps(
             torch.cuda.reset_peak_memory_stats()
         wait(cuda)
         start = time.perf_counter()
-        with torch.autocast(arguments.device, torch.bfloat16):
-            loss = loss_of(ids)
-        loss.backward()
-        if turn == 0:
-            norms.append(grad_norm(model))
-        optimizer.step()
-        optimizer.zero_grad()
+        seen = (lambda: norms.append(grad_norm(model))) if turn == 0 else None
+        loss = step(loss_of, optimizer, ids, arguments.device, seen)
         wait(cuda)
         seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
     return losses, norms[0], median(seconds[3:])
+
+
+def step(loss_of: Callable, optimizer: Any, ids: Any, device: str, seen: Callable | None = None) -> Any:
+    """Forward, backward, optimizer; `seen` is called while the gradients are there."""
+    import torch
+
+    with torch.autocast(device, torch.bfloat16):
+        loss = loss_of(ids)
+    loss.backward()
+    if seen:
+        seen()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
 
 
 def prepare_ours(arguments: argparse.Namespace) -> tuple[Any, Callable, str]:

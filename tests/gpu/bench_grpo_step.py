@@ -96,13 +96,18 @@ class Forced(Engine):
 class Timed(GRPOTrainer):
     """Knows when the rewards of a step were there."""
 
-    started = 0.0
+    started, profiled_step, profile = 0.0, -1, None
 
     def _calculate_rewards(self, *positional, **named):
         found = super()._calculate_rewards(*positional, **named)
         _synchronize()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        if self.state.global_step == self.profiled_step:
+            from benchmarks.profiled import Profile
+
+            self.profile = Profile()
+            self.profile.start()
         self.started = time.perf_counter()
         return found
 
@@ -112,9 +117,13 @@ class Steps(TrainerCallback):
 
     def __init__(self, trainer: Timed):
         self.trainer, self.seconds, self.peaks, self.norms = trainer, [], [], []
+        self.profile: list[str] = []
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         _synchronize()
+        if self.trainer.profile is not None:
+            self.profile, self.trainer.profile = self.trainer.profile.stop(), None
+            return
         self.seconds.append(time.perf_counter() - self.trainer.started)
         self.peaks.append(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 
@@ -132,7 +141,7 @@ def reward(completions, completion_ids, **_):
     return [float(sum(ids[:16]) % 97) for ids in completion_ids]
 
 
-def measure(arm: str, shape: Shape, tiny: bool) -> dict[str, Any]:
+def measure(arm: str, shape: Shape, tiny: bool, profile: bool = False) -> dict[str, Any]:
     """One arm of one shape in this process."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fields = {**LLAMA_3_8B, **(TINY if tiny else {}), "max_position_embeddings": 32768}
@@ -146,7 +155,7 @@ def measure(arm: str, shape: Shape, tiny: bool) -> dict[str, Any]:
     rows = shape.prompts * shape.completions
     args = GRPOConfig(
         output_dir=tempfile.mkdtemp(), bf16=True, use_cpu=device == "cpu", report_to="none", save_strategy="no",
-        max_steps=shape.warm_up + shape.steps, learning_rate=1e-5, per_device_train_batch_size=shape.rows,
+        max_steps=shape.warm_up + shape.steps + profile, learning_rate=1e-5, per_device_train_batch_size=shape.rows,
         gradient_accumulation_steps=rows // shape.rows, num_generations=shape.completions, loss_type="grpo",
         max_completion_length=shape.completion, gradient_checkpointing=True, disable_tqdm=True, logging_steps=1,
         gradient_checkpointing_kwargs={"use_reentrant": False}, vllm_importance_sampling_mode="token_truncate",
@@ -157,6 +166,7 @@ def measure(arm: str, shape: Shape, tiny: bool) -> dict[str, Any]:
         model, reward, args, prompts, processing_class=tiny_tokenizer(), engine=engine,
         packing=PackingConfig(**ARMS[arm]),
     )  # fmt: skip
+    trainer.profiled_step = shape.warm_up + shape.steps if profile else -1
     steps = Steps(trainer)
     trainer.add_callback(steps)
     trainer.train()
@@ -167,6 +177,7 @@ def measure(arm: str, shape: Shape, tiny: bool) -> dict[str, Any]:
         "seconds": timed[len(timed) // 2],
         "peak": max(steps.peaks),
         "base": base,
+        "profile": steps.profile,
         "loss": log["loss"],
         "grad_norm": log["grad_norm"],
         "tokens": log.get("packing/tokens", rows * (shape.prompt + shape.completion)),
@@ -183,13 +194,15 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--arms", default=";".join(ARMS), help="separated by ;")
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="also one step of each, kernel by kernel")
     parser.add_argument("--one", action="store_true", help="one arm of one shape in this process, as JSON")
     arguments = parser.parse_args()
     shapes = arguments.shapes.split(",")
     arms = arguments.arms.split(";")
     if arguments.one:
         shape = SHAPES[shapes[0]]
-        print(json.dumps(measure(arms[0], shrunk(shape) if arguments.tiny else shape, arguments.tiny)))
+        shape = shrunk(shape) if arguments.tiny else shape
+        print(json.dumps(measure(arms[0], shape, arguments.tiny, arguments.profile)))
         return
     print(
         "| shape | arm | update, s | tokens | micro-batches | peak, GB | beyond the base, GB | loss | gradient norm |"
@@ -197,11 +210,11 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for name in shapes:
         for arm in arms:
-            print(row(name, arm, arguments.tiny), flush=True)
+            print(row(name, arm, [f"--{flag}" for flag in ("tiny", "profile") if getattr(arguments, flag)]), flush=True)
 
 
-def row(name: str, arm: str, tiny: bool) -> str:
-    command = [sys.executable, __file__, "--one", "--shapes", name, "--arms", arm, *(["--tiny"] if tiny else [])]
+def row(name: str, arm: str, flags: list[str]) -> str:
+    command = [sys.executable, __file__, "--one", "--shapes", name, "--arms", arm, *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return f"| {name} | {arm} | failed: {done.stderr.strip().splitlines()[-1][:160]} | | | | | | |"
@@ -209,7 +222,7 @@ def row(name: str, arm: str, tiny: bool) -> str:
     cells = [name, arm, f"{found['seconds']:.2f}", f"{found['tokens']:,.0f}", f"{found['micro_batches']:g}"]
     cells += [f"{found['peak'] / 1e9:.1f}", f"{(found['peak'] - found['base']) / 1e9:.1f}"]
     cells += [f"{found['loss']:.5f}", f"{found['grad_norm']:.5f}"]
-    return f"| {' | '.join(cells)} |"
+    return "\n".join([f"| {' | '.join(cells)} |", *(f"PROFILE {line}" for line in found["profile"])])
 
 
 if __name__ == "__main__":
