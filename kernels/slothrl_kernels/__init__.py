@@ -4,7 +4,7 @@ Without Triton (`HAS_TRITON` is False) the package imports all the same; a kerne
 """
 
 from slothrl_kernels.base_weight import BaseWeight, Int8Weight
-from slothrl_kernels.glu import glu, glu_backward, glu_backward_reference, glu_reference
+from slothrl_kernels.glu import glu, glu_backward, glu_backward_reference, glu_forward, glu_reference
 from slothrl_kernels.lora_linear import lora_linear, lora_linear_reference
 from slothrl_kernels.lora_math import Projection
 from slothrl_kernels.lora_mlp import lora_mlp, lora_mlp_reference
@@ -15,7 +15,8 @@ from slothrl_kernels.nf4_weight import NestedAbsmax, Nf4Weight
 from slothrl_kernels.packed_attention import packed_attention, packed_attention_reference
 from slothrl_kernels.packed_layout import PackedLayout
 from slothrl_kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
-from slothrl_kernels.rope import rope, rope_reference
+from slothrl_kernels.rms_norm_math import rms_norm_backward, rms_norm_forward
+from slothrl_kernels.rope import rope, rope_reference, rope_turn
 from slothrl_kernels.selective_log_softmax import (
     IGNORE_LABEL,
     selective_log_softmax,
@@ -39,6 +40,7 @@ __all__ = [
     "glu",
     "glu_backward",
     "glu_backward_reference",
+    "glu_forward",
     "glu_reference",
     "lora_linear",
     "lora_linear_reference",
@@ -53,9 +55,12 @@ __all__ = [
     "packed_attention",
     "packed_attention_reference",
     "rms_norm",
+    "rms_norm_backward",
+    "rms_norm_forward",
     "rms_norm_reference",
     "rope",
     "rope_reference",
+    "rope_turn",
     "selective_log_softmax",
     "selective_log_softmax_reference",
     "takes_triton",

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slothrl_kernels.rms_norm import rows_of
+from slothrl_kernels.rms_norm_math import rows_of
 from slothrl_kernels.switch import HAS_TRITON, Impl, jit, takes_triton
 
 if TYPE_CHECKING or HAS_TRITON:
@@ -54,6 +54,23 @@ def glu(gate: Tensor, up: Tensor, activation: Activation = "silu", impl: Impl = 
     if not takes_triton(impl, gate) or gate.dtype == torch.float64 or gate.dim() == 0:
         return glu_reference(gate, up, activation)
     return _GLU.apply(gate, up, activation)  # pyright: ignore
+
+
+def glu_forward(
+    gate: Tensor, up: Tensor, activation: Activation = "silu", impl: Impl = "auto", out: Tensor | None = None
+) -> Tensor:
+    """`glu`'s value without autograd. Arguments and errors as there.
+
+    Args:
+        out: where it goes, of the inputs' shape and dtype, with rows of unit stride at one distance; may be gate or up.
+    """
+    _check(gate, up, activation)
+    if not takes_triton(impl, gate) or gate.dtype == torch.float64 or gate.dim() == 0:
+        y = glu_reference(gate.detach(), up.detach(), activation)
+        return y if out is None else out.copy_(y)
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
+    _run(_forward_kernel, [gate, up, y.view(y.shape)], activation)
+    return y
 
 
 def glu_backward_reference(
@@ -104,8 +121,7 @@ def _together(tensors: list[Tensor]) -> list[Tensor]:
 class _GLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
-        y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        _run(_forward_kernel, [gate, up, y], activation)
+        y = glu_forward(gate, up, activation, "triton")  # pyright: ignore
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
         return y

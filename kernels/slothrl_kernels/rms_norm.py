@@ -11,20 +11,14 @@ g = dy (weight + shift), both in float32:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slothrl_kernels.rms_norm_kernels import backward_kernel, forward_kernel
-from slothrl_kernels.switch import HAS_TRITON, Impl, processors, takes_triton
-
-if TYPE_CHECKING or HAS_TRITON:
-    import triton
-
-MAX_WIDTH = 32768  # what a program holds of a row at once; wider rows run the reference
-TILE = 4096  # elements a program holds where rows are short
+from slothrl_kernels.rms_norm_math import rms_norm_backward, rms_norm_forward, serves
+from slothrl_kernels.switch import Impl
 
 
 def rms_norm_reference(
@@ -81,7 +75,7 @@ def rms_norm(
         RuntimeError: impl="triton" and Triton is not installed.
     """
     _check(x, weight)
-    if not _takes_triton(impl, x):
+    if not serves(impl, x):
         return rms_norm_reference(x, weight, eps, shift, cast_first)
     return _RMSNorm.apply(x, None, weight, eps, shift, cast_first)[0]
 
@@ -100,7 +94,7 @@ def add_rms_norm(
     Args, raises: as `rms_norm`; residual has x's shape and dtype.
     """
     _check(x, weight, residual)
-    if not _takes_triton(impl, x):
+    if not serves(impl, x):
         return add_rms_norm_reference(x, residual, weight, eps, shift, cast_first)
     return _RMSNorm.apply(x, residual, weight, eps, shift, cast_first)
 
@@ -114,23 +108,6 @@ def _check(x: Tensor, weight: Tensor | None, residual: Tensor | None = None) -> 
         raise ValueError(f"residual must match x: {tuple(x.shape)} {x.dtype} on {x.device}")
 
 
-def _takes_triton(impl: Impl, x: Tensor) -> bool:
-    return takes_triton(impl, x) and x.dtype != torch.float64 and 0 < x.size(-1) <= MAX_WIDTH
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """(rows, H) with unit stride within a row; a view where the strides allow it."""
-    flat = x.reshape(-1, x.size(-1))
-    return flat if flat.stride(1) == 1 or flat.size(1) == 1 else flat.contiguous()
-
-
-def _tile(width: int) -> tuple[int, int, int]:
-    """(columns, rows, warps) of a program."""
-    columns = triton.next_power_of_2(width)
-    rows = max(1, min(16, TILE // columns))
-    return columns, rows, max(1, min(16, rows * columns // 512))
-
-
 class _RMSNorm(torch.autograd.Function):
     """x [+ residual] -> (y, sum); of the forward only the sum (x itself where there is none) and r are kept."""
 
@@ -138,84 +115,20 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x, residual, weight, eps: float, shift: float, cast_first: bool
     ) -> tuple[Tensor, Tensor | None]:
-        inputs = rows_of(x)
-        added = None if residual is None else rows_of(residual)
-        (count, width), (columns, rows, warps) = inputs.shape, _tile(x.size(-1))
-        y = torch.empty(count, width, dtype=x.dtype, device=x.device)
-        total = inputs if added is None else torch.empty_like(y)
-        scale = torch.empty(count, dtype=torch.float32, device=x.device)
-        if count:
-            with torch.cuda.device_of(x):
-                forward_kernel[(triton.cdiv(count, rows),)](
-                    inputs,
-                    inputs if added is None else added,
-                    inputs if weight is None else weight.contiguous(),
-                    y,
-                    total,
-                    scale,
-                    count,
-                    width,
-                    inputs.stride(0),
-                    0 if added is None else added.stride(0),
-                    float(eps),
-                    float(shift),
-                    HAS_RESIDUAL=added is not None,
-                    HAS_WEIGHT=weight is not None,
-                    CAST_FIRST=cast_first,
-                    ROWS=rows,
-                    COLUMNS=columns,
-                    num_warps=warps,
-                )
-        ctx.save_for_backward(total, weight, scale)
-        ctx.options = (x.shape, shift, cast_first, added is not None)
+        y, total, r = rms_norm_forward(x, residual, weight, eps, shift, cast_first, "triton")
+        ctx.save_for_backward(total, weight, r)
+        ctx.options = shift, cast_first, residual is not None
         ctx.set_materialize_grads(False)
-        return y.view(x.shape), None if added is None else total.view(x.shape)
+        return y, None if residual is None else total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
         to_y, to_sum = gradients
-        total, weight, scale = ctx.saved_tensors
-        shape, shift, cast_first, has_residual = ctx.options
+        total, weight, r = ctx.saved_tensors
+        shift, cast_first, has_residual = ctx.options
         if to_y is None:
             return to_sum, to_sum if has_residual else None, None, None, None, None
-        wants_weight = weight is not None and ctx.needs_input_grad[2]
-        to_x, to_weight = _backward(rows_of(to_y), to_sum, total, weight, scale, shift, cast_first, wants_weight)
-        to_x = to_x.view(shape)
+        wanted = weight is not None and ctx.needs_input_grad[2]
+        to_x, to_weight = rms_norm_backward(to_y, to_sum, total, r, weight, shift, cast_first, wanted, "triton")
         return to_x, to_x if has_residual else None, to_weight, None, None, None
-
-
-def _backward(to_y, to_sum, total, weight, scale, shift, cast_first, wants_weight) -> tuple[Tensor, Tensor | None]:
-    """dx (rows, H), and dweight where it is wanted: a partial sum a program, added up by torch."""
-    (count, width), (columns, rows, warps) = total.shape, _tile(total.size(1))
-    to_x = torch.empty(count, width, dtype=total.dtype, device=total.device)
-    blocks = triton.cdiv(count, rows)
-    programs = min(blocks, 4 * processors(total.device)) if wants_weight else blocks
-    partials = torch.empty(programs if wants_weight else 1, width, dtype=torch.float32, device=total.device)
-    added = None if to_sum is None else rows_of(to_sum)
-    if count:
-        with torch.cuda.device_of(total):
-            backward_kernel[(programs,)](
-                to_y,
-                to_y if added is None else added,
-                total,
-                total if weight is None else weight.contiguous(),
-                scale,
-                to_x,
-                partials,
-                count,
-                width,
-                to_y.stride(0),
-                0 if added is None else added.stride(0),
-                total.stride(0),
-                float(shift),
-                triton.cdiv(blocks, programs),
-                HAS_SUM=added is not None,
-                HAS_WEIGHT=weight is not None,
-                WANTS_WEIGHT=wants_weight,
-                CAST_FIRST=cast_first,
-                ROWS=rows,
-                COLUMNS=columns,
-                num_warps=warps,
-            )
-    return to_x, partials.sum(0).to(weight.dtype) if wants_weight else None  # pyright: ignore

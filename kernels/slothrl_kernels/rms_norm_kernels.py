@@ -30,6 +30,8 @@ def forward_kernel(
     width,
     x_stride,
     residual_stride,
+    y_stride,
+    total_stride,
     eps,
     shift,
     HAS_RESIDUAL: tl.constexpr,
@@ -47,7 +49,7 @@ def forward_kernel(
             tl.float32
         )
         rounded = value.to(total.dtype.element_ty)
-        tl.store(total + row[:, None] * width + column[None, :], rounded, mask=inside)
+        tl.store(total + row[:, None] * total_stride + column[None, :], rounded, mask=inside)
         value = rounded.to(tl.float32)
     r = tl.rsqrt(tl.sum(value * value, 1) / width + eps)
     tl.store(scale + row, r, mask=row < count)
@@ -55,7 +57,7 @@ def forward_kernel(
     if CAST_FIRST:
         normed = normed.to(y.dtype.element_ty).to(tl.float32)
     normed *= _weight(weight, column, width, shift, HAS_WEIGHT)
-    tl.store(y + row[:, None] * width + column[None, :], normed.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + row[:, None] * y_stride + column[None, :], normed.to(y.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -72,6 +74,7 @@ def backward_kernel(
     to_y_stride,
     to_sum_stride,
     total_stride,
+    to_x_stride,
     shift,
     turns,
     HAS_SUM: tl.constexpr,
@@ -97,7 +100,7 @@ def backward_kernel(
             result += tl.load(to_sum + row[:, None] * to_sum_stride + column[None, :], mask=inside, other=0.0).to(
                 tl.float32
             )
-        tl.store(to_x + row[:, None] * width + column[None, :], result.to(to_x.dtype.element_ty), mask=inside)
+        tl.store(to_x + row[:, None] * to_x_stride + column[None, :], result.to(to_x.dtype.element_ty), mask=inside)
         if WANTS_WEIGHT:
             if CAST_FIRST:
                 normed = normed.to(total.dtype.element_ty).to(tl.float32)

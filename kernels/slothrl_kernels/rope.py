@@ -70,6 +70,34 @@ def rope(
     return _Rope.apply(q, k, cos, sin, in_place)  # pyright: ignore
 
 
+def rope_turn(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    backward: bool = False,
+    in_place: bool = False,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`rope` without autograd; or, with `backward`, the gradients of q and k from those of the outputs.
+
+    Args, returns, raises: as `rope`; with `backward`, q and k are the outputs' gradients.
+    """
+    _check(q, k, cos, sin)
+    if takes_triton(impl, q) and q.dtype != torch.float64:
+        cos, sin = _unit_strides(cos, sin)
+        q, k = _turn([q, k], cos, sin, backward, in_place)
+        return q, k
+    if not backward:
+        return rope_reference(q.detach(), k.detach(), cos, sin, in_place)
+    first, second = sin.chunk(2, -1)  # the transposed rotation: by the negative angle, its sines changed over
+    return rope_reference(q.detach(), k.detach(), cos, torch.cat([-second, -first], -1), in_place)
+
+
+def _unit_strides(*tables: Tensor) -> list[Tensor]:
+    return [x if x.stride(2) == 1 else x.contiguous() for x in tables]
+
+
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     if q.dim() != 4 or k.dim() != 4 or not q.is_floating_point() or (q.dtype, q.device) != (k.dtype, k.device):
         raise ValueError(
@@ -87,7 +115,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
-        cos, sin = (x if x.stride(2) == 1 else x.contiguous() for x in (cos, sin))
+        cos, sin = _unit_strides(cos, sin)
         ctx.save_for_backward(cos, sin)
         outputs = _turn([q, k], cos, sin, backward=False, in_place=in_place)
         if in_place:
