@@ -4,7 +4,7 @@
     python tests/gpu/bench_kernels.py --only gemm    # dequantize, norm, rope, qk, glu or gemm
     python tests/gpu/bench_kernels.py --quick        # the default launches only
 
-Medians of CUDA event times with a cold L2 cache and without the host's time (`bench_tools.milliseconds`); GEMMs in a CUDA
+Medians of CUDA event times, cold L2 cache, without the host's time (`bench_tools.milliseconds`); GEMMs in a CUDA
 graph over enough copies of W to be cold. A case that fails prints its error and the rest goes on; the exit code is then
 1. The sweep prints lines for `nf4_launches.SHIPPED`.
 """
