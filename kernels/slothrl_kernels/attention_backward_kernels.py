@@ -42,8 +42,11 @@ def _sum_over_keys(
     v,
     k_token,
     v_token,
-    first,
-    last,
+    parent,
+    parent_last,
+    own,
+    own_last,
+    origin,
     shift,
     window,
     inner,
@@ -57,15 +60,19 @@ def _sum_over_keys(
     EVEN: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """total (BLOCK_M, WIDTH) += dS K over keys first..last; whole blocks unless MASKED; lse in base 2."""
-    for start in range(first, last, BLOCK_N):
+    """total (BLOCK_M, WIDTH) += dS K over the keys that the forward's `_attend` walks over; lse in base 2."""
+    ahead = tl.cdiv(tl.maximum(parent_last - parent, 0), BLOCK_N)
+    for i in range(0, ahead + tl.cdiv(own_last - own, BLOCK_N)):
+        start = tl.where(i < ahead, parent, own - ahead * BLOCK_N) + i * BLOCK_N
+        last = tl.where(i < ahead, parent_last, own_last)
         keys = load_tile(k, start, k_token, last, head_size, BLOCK_N, WIDTH, MASKED, EVEN)
         values = load_tile(v, start, v_token, last, head_size, BLOCK_N, WIDTH, MASKED, EVEN)
         scores = bend(dot(queries, tl.trans(keys), INTERPRETED), inner, SOFTCAP)
         weights = tl.exp2(scores * outer - lse[:, None])
         if MASKED:
             tokens = start + tl.arange(0, BLOCK_N)[None, :]
-            seen = visible(query_positions[:, None], tokens + shift, window, WINDOW) & (tokens < last)
+            key_positions = tokens + tl.where(i < ahead, origin, shift)
+            seen = visible(query_positions[:, None], key_positions, window, WINDOW) & (tokens < last)
             weights = tl.where(seen, weights, 0.0)
         slopes = weights * (dot(gradients, tl.trans(values), INTERPRETED) - delta[:, None])
         slopes = unbend(slopes, scores, SOFTCAP)
@@ -132,20 +139,13 @@ def attention_query_gradient_kernel(
         own_masked = own + (first + 1 - own) // BLOCK_N * BLOCK_N
         total = _sum_over_keys(
             total, queries, gradients, lses, deltas, query_positions, k, v, k_token, v_token, parent, parent_masked,
-            -parent, window, inner, outer, head_size, False, WINDOW, SOFTCAP, BLOCK_N, WIDTH, EVEN, INTERPRETED,
+            own, own_masked, -parent, shift, window, inner, outer, head_size, False, WINDOW, SOFTCAP, BLOCK_N, WIDTH,
+            EVEN, INTERPRETED,
         )  # fmt: skip
     total = _sum_over_keys(
         total, queries, gradients, lses, deltas, query_positions, k, v, k_token, v_token, parent_masked, parent_end,
-        -parent, window, inner, outer, head_size, True, WINDOW, SOFTCAP, BLOCK_N, WIDTH, EVEN, INTERPRETED,
-    )  # fmt: skip
-    if not WINDOW:
-        total = _sum_over_keys(
-            total, queries, gradients, lses, deltas, query_positions, k, v, k_token, v_token, own, own_masked,
-            shift, window, inner, outer, head_size, False, WINDOW, SOFTCAP, BLOCK_N, WIDTH, EVEN, INTERPRETED,
-        )  # fmt: skip
-    total = _sum_over_keys(
-        total, queries, gradients, lses, deltas, query_positions, k, v, k_token, v_token, own_masked, last,
-        shift, window, inner, outer, head_size, True, WINDOW, SOFTCAP, BLOCK_N, WIDTH, EVEN, INTERPRETED,
+        own_masked, last, -parent, shift, window, inner, outer, head_size, True, WINDOW, SOFTCAP, BLOCK_N, WIDTH, EVEN,
+        INTERPRETED,
     )  # fmt: skip
     store_tile(dq, total * scale, first, out_token, end, head_size, BLOCK_M, WIDTH)
 
