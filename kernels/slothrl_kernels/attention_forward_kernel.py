@@ -53,7 +53,7 @@ def _attend(
     s2 = x outer.
     """
     ahead = tl.cdiv(tl.maximum(parent_last - parent, 0), BLOCK_N)  # blocks of the parent; its window may be past it
-    for i in range(0, ahead + tl.cdiv(own_last - own, BLOCK_N)):
+    for i in range(ahead + tl.cdiv(own_last - own, BLOCK_N)):
         start = tl.where(i < ahead, parent, own - ahead * BLOCK_N) + i * BLOCK_N
         last = tl.where(i < ahead, parent_last, own_last)
         keys = load_tile(k, start, k_token, last, head_size, BLOCK_N, WIDTH, MASKED, EVEN)
