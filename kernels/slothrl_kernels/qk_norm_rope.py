@@ -137,8 +137,7 @@ def qk_norm_rope_backward(
         to_q, to_k: of the outputs, in their shapes and dtype; any strides.
         q, k and the others: as they were given to the forward.
         wants_weights: whether the weights' gradients, in the weights' dtypes, are computed.
-        in_place: the kernel writes the gradients of q and k over to_q and to_k where a head's entries lie side by side
-            there; else, and the reference, into new tensors.
+        in_place: the gradients of q and k are written over to_q and to_k, and those are returned.
 
     Raises: as `qk_norm_rope`.
     """
@@ -146,7 +145,8 @@ def qk_norm_rope_backward(
     if (to_q.shape, to_k.shape) != (q.shape, k.shape):
         raise ValueError(f"gradients {tuple(to_q.shape)} and {tuple(to_k.shape)} of {tuple(q.shape)}, {tuple(k.shape)}")
     if not _serves(impl, q):
-        return _backward_reference(to_q, to_k, q, k, q_weight, k_weight, cos, sin, norm, wants_weights)
+        found = _backward_reference(to_q, to_k, q, k, q_weight, k_weight, cos, sin, norm, wants_weights)
+        return _written_over(found, to_q, to_k) if in_place else found
     gradients, inputs, (cos, sin) = unit_strides(to_q, to_k), unit_strides(q, k), unit_strides(cos, sin)
     outputs = gradients if in_place else [projected_like(x) for x in gradients]
     tokens, width = q.size(0) * q.size(2), q.size(3)
@@ -161,10 +161,19 @@ def qk_norm_rope_backward(
                 float(norm.eps), float(norm.shift), CAST_FIRST=norm.cast_first, WANTS_WEIGHT=wants_weights,
                 **_tile(q, k, cos, TILE // 2 if wants_weights else TILE),
             )  # fmt: skip
-    if not wants_weights:
-        return QKGradients(outputs[0], outputs[1], None, None)
-    sums = partials.sum(1)
-    return QKGradients(outputs[0], outputs[1], sums[0].to(q_weight.dtype), sums[1].to(k_weight.dtype))
+    found = QKGradients(outputs[0], outputs[1], None, None)
+    if wants_weights:
+        sums = partials.sum(1)
+        found = found._replace(q_weight=sums[0].to(q_weight.dtype), k_weight=sums[1].to(k_weight.dtype))
+    return _written_over(found, to_q, to_k) if in_place else found
+
+
+def _written_over(found: QKGradients, to_q: Tensor, to_k: Tensor) -> QKGradients:
+    """Copied back where they are other tensors: by plain torch, or where strides forced a copy."""
+    for target, made in ((to_q, found.q), (to_k, found.k)):
+        if made is not target:
+            target.copy_(made)
+    return found._replace(q=to_q, k=to_k)
 
 
 def _backward_reference(
