@@ -32,34 +32,11 @@ def attention_delta_kernel(
 
 @jit
 def _sum_over_keys(
-    total,
-    queries,
-    gradients,
-    lse,
-    delta,
-    query_positions,
-    k,
-    v,
-    k_token,
-    v_token,
-    parent,
-    parent_last,
-    own,
-    own_last,
-    origin,
-    shift,
-    window,
-    inner,
-    outer,
-    head_size,
-    MASKED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    WIDTH: tl.constexpr,
-    EVEN: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
+    total, queries, gradients, lse, delta, query_positions, k, v, k_token, v_token, parent, parent_last, own,
+    own_last, origin, shift, window, inner, outer, head_size,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr,
+    EVEN: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     """total (BLOCK_M, WIDTH) += dS K over the keys that the forward's `_attend` walks over; lse in base 2."""
     ahead = tl.cdiv(tl.maximum(parent_last - parent, 0), BLOCK_N)
     for i in range(ahead + tl.cdiv(own_last - own, BLOCK_N)):
@@ -163,36 +140,11 @@ def _along_columns(pointer, tokens, last, BLOCK_M: tl.constexpr):
 
 @jit
 def _sum_over_queries(
-    dk,
-    dv,
-    keys,
-    values,
-    key_positions,
-    q,
-    gradient,
-    lse,
-    delta,
-    positions,
-    q_token,
-    q_head,
-    out_token,
-    out_head,
-    tokens,
-    share,
-    first,
-    last,
-    window,
-    inner,
-    outer,
-    head_size,
-    MASKED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    WIDTH: tl.constexpr,
-    EVEN: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
+    dk, dv, keys, values, key_positions, q, gradient, lse, delta, positions, q_token, q_head, out_token, out_head,
+    tokens, share, first, last, window, inner, outer, head_size,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr,
+    EVEN: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     """dk, dv (BLOCK_N, WIDTH) += dS^T Q, P^T dO over queries first..last of `share` heads; zeros past the end.
 
     One loop over all heads, so that its pipeline of loads is filled once; ptxas spills less of it, too.
