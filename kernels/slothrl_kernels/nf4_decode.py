@@ -4,7 +4,8 @@ A 16-bit code is two bytes, so the code book is two tables of 16 bytes, each in 
 bytes out of eight by four selectors of 3 bits; two of them and a select by the nibble's top bit look up 16 entries for
 four nibbles. The codes are held in float16, 2^-12 from the true ones; their product with absmax in float32 is rounded
 once, to the wanted dtype. That is what dequantisation does from the true codes: one weight in fifty comes out one step
-of bfloat16 beside, where rounding the codes to bfloat16 first would move most. Other targets read the true codes from memory.
+of bfloat16 beside, where rounding the codes to bfloat16 first would move most. Other targets read the true codes from
+memory.
 
 Units of 16 bits go in, not bytes: packing and unpacking bytes took as many instructions as the look-ups.
 """

@@ -1,9 +1,9 @@
 """What the nf4 GEMM reads besides W, in one small launch before it: X in the order of the decoded codes, and X A^T.
 
 Four codes come out of each 16-bit unit of W at once, and unpack into four tiles: every fourth weight of a row, from the
-first, second, third and fourth on. So of each group of 64, 128 or 256 inputs the GEMM wants first those with k = 0 modulo
-4, then k = 1, and so on: whole lines of memory, that go to shared memory as they are. X A^T for the LoRA reads all of X
-anyway; its K is shared among programs, which add up in the same launch.
+first, second, third and fourth on. So of each group of 64, 128 or 256 inputs the GEMM wants first those with k = 0
+modulo 4, then k = 1, and so on: whole lines of memory, that go to shared memory as they are. X A^T for the LoRA reads
+all of X anyway; its K is shared among programs, which add up in the same launch.
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ def nf4_inputs(
     """
     (rows, inputs), group = x.shape, 64 * chunks
     rank = 0 if a is None else a.shape[0]
-    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    block_n = min(64, max(16, triton.next_power_of_2(rank)))
+    # Many small programs: each waits for memory, and for the others. Tiles of 64 x 64 gave wrong sums on an H100 with
+    # Triton 3.6, always: the multiplication is then Hopper's, of a tile also stored.
+    block_m, block_n = 16, 16 if rank <= 16 else 32
     steps = inputs // group
     splits = max(1, min(32, steps // STEPS)) if rank else steps
     grid = (max(1, triton.cdiv(rank, block_n)), splits, triton.cdiv(rows, block_m))

@@ -20,7 +20,30 @@ KERNEL = 2  # winners of another kernel, or of other fields, are nobody's
 Winners = dict[tuple[int, int, int], Nf4Config]  # by (rows bucket, N, K)
 
 # Llama-3-8B's projections, from tests/gpu/bench_kernels.py on 2026-11-22 (kernels/README.md).
-SHIPPED: dict[str, Winners] = {}
+SHIPPED: dict[str, Winners] = {
+    "NVIDIA H100 80GB HBM3": {
+        (16, 6144, 4096): Nf4Config(16, 64, 4, 4, 3, 5),
+        (32, 6144, 4096): Nf4Config(32, 64, 2, 4, 4, 5),
+        (64, 6144, 4096): Nf4Config(64, 64, 2, 4, 3, 4),
+        (128, 6144, 4096): Nf4Config(128, 64, 2, 4, 3, 2),
+        (256, 6144, 4096): Nf4Config(128, 64, 2, 4, 3, 1),
+        (16, 4096, 4096): Nf4Config(16, 32, 2, 2, 4, 4),
+        (32, 4096, 4096): Nf4Config(32, 32, 2, 2, 4, 4),
+        (64, 4096, 4096): Nf4Config(64, 64, 2, 4, 3, 4, 128),
+        (128, 4096, 4096): Nf4Config(128, 64, 2, 4, 3, 4),
+        (256, 4096, 4096): Nf4Config(128, 64, 2, 4, 3, 2),
+        (16, 28672, 4096): Nf4Config(16, 64, 4, 2, 3, 1),
+        (32, 28672, 4096): Nf4Config(32, 64, 4, 4, 3, 2),
+        (64, 28672, 4096): Nf4Config(64, 128, 2, 4, 3, 1),
+        (128, 28672, 4096): Nf4Config(128, 128, 2, 8, 2, 1),
+        (256, 28672, 4096): Nf4Config(128, 128, 2, 8, 2, 1),
+        (16, 4096, 14336): Nf4Config(16, 32, 4, 2, 3, 4),
+        (32, 4096, 14336): Nf4Config(32, 32, 4, 2, 3, 4),
+        (64, 4096, 14336): Nf4Config(64, 64, 2, 4, 3, 4, 128),
+        (128, 4096, 14336): Nf4Config(128, 64, 2, 4, 3, 4),
+        (256, 4096, 14336): Nf4Config(128, 128, 2, 8, 2, 4, 128),
+    }
+}
 
 
 @cache

@@ -1,7 +1,8 @@
 """Y = X W^T + b + (X A^T) B^T with W in nf4 and one LoRA: two launches for few tokens, torch's matmuls for many.
 
 For generation with one adapter that is known when the engine starts. The small kernel that orders X for the GEMM makes
-X A^T too (`nf4_inputs`); the GEMM adds its product with B to its float32 sums before they are rounded: no second pass over Y, no gather of adapters.
+X A^T too (`nf4_inputs`); the GEMM adds its product with B to its float32 sums before they are rounded: no second pass
+over Y, no gather of adapters.
 Several projections fused into one weight (q, k and v) are slices: each has its own A, and its own rows of B.
 
 No gradient: the trainer's layer is another one. CUDA graphs: as `nf4_matmul`. torch.compile sees one opaque operator,

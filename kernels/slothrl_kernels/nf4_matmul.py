@@ -55,8 +55,8 @@ def nf4_matmul(
         config: the launch; None chooses by shape.
 
     Returns:
-        (..., N) of X's dtype. A GEMM's sums are float32, and its weights those of `nf4_dequantize`, but for one in fifty
-        that is one step beside (`nf4_decode`).
+        (..., N) of X's dtype. A GEMM's sums are float32, and its weights those of `nf4_dequantize`, but for one in
+        fifty that is one step beside (`nf4_decode`).
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.

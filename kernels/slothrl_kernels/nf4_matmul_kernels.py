@@ -1,8 +1,8 @@
 """The kernel of `nf4_matmul`: tensor cores over tiles of weight rows and tokens.
 
 It computes Y^T = W X^T: the decoded weights never leave registers, and tokens are the narrow side. Of each step's units
-of 4 weights the first weights are one tile, the second ones another, and so on; X comes in that order (`nf4_inputs`), so
-that nothing is interleaved, and W's and X's rows are read in runs of 32 to 128 bytes and more: runs of one sector cost
+of 4 weights the first weights are one tile, the second ones another, and so on; X comes in that order (`nf4_inputs`),
+so that nothing is interleaved, and W's and X's rows are read in runs of 64 bytes and more: runs of 32, one sector, cost
 more than the decoding. With splits > 1 the programs of a tile share K; each leaves a float32 partial, and the last to
 arrive adds them in order, in the same launch and to the same bits every time.
 """
@@ -20,8 +20,8 @@ if TYPE_CHECKING or HAS_TRITON:
 
 
 @jit
-def _multiply(weights, tokens, total, INTERPRETED: tl.constexpr):
-    tile = tl.load(tokens)
+def _multiply(weights, tokens, there, total, INTERPRETED: tl.constexpr):
+    tile = tl.load(tokens, mask=there, other=0.0)
     return tl.dot(weights, tile.to(tl.float32) if INTERPRETED else tile, total)
 
 
@@ -136,9 +136,11 @@ def nf4_gemm_kernel(
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     place = tl.arange(0, UNITS)
-    # Rows and tokens beyond the end read the last one's memory, and are not written.
+    # Rows beyond the end read the last one's memory, and are not written.
     near_row = tl.minimum(row, N - 1).to(tl.int64)  # 64 bits: N * K may pass 2**31
     units = packed + near_row[:, None] * row_units + place[None, :]
+    # Tokens beyond the end are not read: all programs would ask for the last one's line at the same time.
+    there = (token < M)[None, :]
     tokens = x + tl.minimum(token, M - 1)[None, :] * K + place[:, None]
     chunk = (near_row * row_chunks)[:, None] + tl.arange(0, CHUNKS)[None, :]
     share = tl.cdiv(row_chunks // CHUNKS, splits)
@@ -150,10 +152,10 @@ def nf4_gemm_kernel(
         scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BLOCK_N, CHUNKS, 16)), (BLOCK_N, UNITS))
         a, b, c, d = decode_4(tl.load(units + step * UNITS), scale, code, DTYPE, PTX, INTERPRETED)
         step_tokens = tokens + step * (4 * UNITS)
-        total = _multiply(a, step_tokens, total, INTERPRETED)
-        total = _multiply(b, step_tokens + UNITS, total, INTERPRETED)
-        total = _multiply(c, step_tokens + 2 * UNITS, total, INTERPRETED)
-        total = _multiply(d, step_tokens + 3 * UNITS, total, INTERPRETED)
+        total = _multiply(a, step_tokens, there, total, INTERPRETED)
+        total = _multiply(b, step_tokens + UNITS, there, total, INTERPRETED)
+        total = _multiply(c, step_tokens + 2 * UNITS, there, total, INTERPRETED)
+        total = _multiply(d, step_tokens + 3 * UNITS, there, total, INTERPRETED)
     finish(
         total, y, bias, xa, lora_b, ends, partials, arrived, row, token, M, N, splits,
         HAS_BIAS, RANK, SLICES, SPLIT, INTERPRETED,
