@@ -22,7 +22,7 @@ if TYPE_CHECKING or HAS_TRITON:
 
     from slothrl_kernels.nf4_matmul_kernels import finish
 
-STEPS = 2  # groups of inputs a program, where that leaves no more than 32 programs to add up
+SHARE = 256  # inputs a program, where that leaves no more than 32 programs to add up
 
 
 @jit(do_not_specialize=["M", "splits"])
@@ -86,7 +86,7 @@ def nf4_inputs(
     # Triton 3.6, always: the multiplication is then Hopper's, of a tile also stored.
     block_m, block_n = 16, 16 if rank <= 16 else 32
     steps = inputs // group
-    splits = max(1, min(32, steps // STEPS)) if rank else steps
+    splits = max(1, min(32, steps, inputs // SHARE)) if rank else steps
     grid = (max(1, triton.cdiv(rank, block_n)), splits, triton.cdiv(rows, block_m))
     ordered, xa, partials, counters = torch.empty_like(x), x, x, x  # not touched without A
     if rank:
