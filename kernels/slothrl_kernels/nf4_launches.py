@@ -16,33 +16,32 @@ import torch
 from slothrl_kernels.nf4_config import DEFAULTS, Nf4Config, bucket, complete
 from slothrl_kernels.switch import processors
 
+KERNEL = 2  # winners of another kernel, or of other fields, are nobody's
 Winners = dict[tuple[int, int, int], Nf4Config]  # by (rows bucket, N, K)
 
 # Llama-3-8B's projections, from tests/gpu/bench_kernels.py on 2026-11-22 (kernels/README.md).
 SHIPPED: dict[str, Winners] = {
     "NVIDIA H100 80GB HBM3": {
-        (1, 6144, 4096): Nf4Config(1, 256, 1, 0, 4, 2, 16),
-        (4, 6144, 4096): Nf4Config(16, 64, 2, 0, 4, 3, 5),
-        (16, 6144, 4096): Nf4Config(16, 64, 2, 0, 4, 3, 5),
-        (64, 6144, 4096): Nf4Config(64, 128, 1, 0, 8, 3, 5),
-        (128, 6144, 4096): Nf4Config(128, 128, 1, 1, 4, 3, 4),
-        (256, 6144, 4096): Nf4Config(128, 128, 1, 1, 4, 3, 2),
-        (1, 4096, 4096): Nf4Config(1, 128, 2, 0, 2, 2, 16),
-        (4, 4096, 4096): Nf4Config(16, 64, 2, 0, 4, 3, 8),
-        (16, 4096, 4096): Nf4Config(16, 32, 2, 0, 2, 4, 4),
-        (64, 4096, 4096): Nf4Config(64, 64, 2, 0, 4, 3, 4),
-        (1, 28672, 4096): Nf4Config(1, 128, 2, 0, 2, 2, 6),
-        (4, 28672, 4096): Nf4Config(16, 128, 1, 0, 4, 4, 4),
-        (16, 28672, 4096): Nf4Config(16, 32, 2, 0, 2, 4, 1),
-        (64, 28672, 4096): Nf4Config(64, 128, 1, 1, 8, 4, 1),
-        (128, 28672, 4096): Nf4Config(128, 128, 1, 1, 4, 3, 1),
-        (256, 28672, 4096): Nf4Config(128, 128, 1, 1, 4, 3, 1),
-        (1, 4096, 14336): Nf4Config(1, 128, 2, 0, 2, 2, 16),
-        (4, 4096, 14336): Nf4Config(16, 64, 2, 0, 4, 3, 8),
-        (16, 4096, 14336): Nf4Config(16, 32, 2, 0, 2, 4, 4),
-        (64, 4096, 14336): Nf4Config(64, 128, 1, 0, 8, 3, 8),
-        (128, 4096, 14336): Nf4Config(128, 128, 1, 1, 4, 3, 8),
-        (256, 4096, 14336): Nf4Config(128, 128, 1, 1, 4, 3, 4),
+        (16, 6144, 4096): Nf4Config(16, 64, 4, 4, 3, 5),
+        (32, 6144, 4096): Nf4Config(32, 64, 2, 4, 4, 5),
+        (64, 6144, 4096): Nf4Config(64, 64, 2, 4, 3, 4),
+        (128, 6144, 4096): Nf4Config(128, 64, 2, 4, 3, 2),
+        (256, 6144, 4096): Nf4Config(128, 64, 2, 4, 3, 1),
+        (16, 4096, 4096): Nf4Config(16, 32, 2, 2, 4, 4),
+        (32, 4096, 4096): Nf4Config(32, 32, 2, 2, 4, 4),
+        (64, 4096, 4096): Nf4Config(64, 64, 2, 4, 3, 4, 128),
+        (128, 4096, 4096): Nf4Config(128, 64, 2, 4, 3, 4),
+        (256, 4096, 4096): Nf4Config(128, 64, 2, 4, 3, 2),
+        (16, 28672, 4096): Nf4Config(16, 64, 4, 2, 3, 1),
+        (32, 28672, 4096): Nf4Config(32, 64, 4, 4, 3, 2),
+        (64, 28672, 4096): Nf4Config(64, 128, 2, 4, 3, 1),
+        (128, 28672, 4096): Nf4Config(128, 128, 2, 8, 2, 1),
+        (256, 28672, 4096): Nf4Config(128, 128, 2, 8, 2, 1),
+        (16, 4096, 14336): Nf4Config(16, 32, 4, 2, 3, 4),
+        (32, 4096, 14336): Nf4Config(32, 32, 4, 2, 3, 4),
+        (64, 4096, 14336): Nf4Config(64, 64, 2, 4, 3, 4, 128),
+        (128, 4096, 14336): Nf4Config(128, 64, 2, 4, 3, 4),
+        (256, 4096, 14336): Nf4Config(128, 128, 2, 8, 2, 4, 128),
     }
 }
 
@@ -68,7 +67,7 @@ def gpu_key(device: torch.device) -> str:
     """Which GPU and Triton a winner is one for."""
     import triton
 
-    return f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}"
+    return f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}, kernel {KERNEL}"
 
 
 @cache

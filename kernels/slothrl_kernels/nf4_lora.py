@@ -1,7 +1,8 @@
 """Y = X W^T + b + (X A^T) B^T with W in nf4 and one LoRA: two launches for few tokens, torch's matmuls for many.
 
-For generation with one adapter that is known when the engine starts. A first small kernel makes X A^T; the nf4 GEMM
-adds its product with B to its float32 sums before they are rounded: no second pass over Y, no gather of adapters.
+For generation with one adapter that is known when the engine starts. The small kernel that orders X for the GEMM makes
+X A^T too (`nf4_inputs`); the GEMM adds its product with B to its float32 sums before they are rounded: no second pass
+over Y, no gather of adapters.
 Several projections fused into one weight (q, k and v) are slices: each has its own A, and its own rows of B.
 
 No gradient: the trainer's layer is another one. CUDA graphs: as `nf4_matmul`. torch.compile sees one opaque operator,
@@ -16,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slothrl_kernels.lora_shrink import lora_shrink
 from slothrl_kernels.nf4_dequantize import nf4_dequantize, nf4_dequantize_reference
 from slothrl_kernels.nf4_launches import choose_config
 from slothrl_kernels.nf4_matmul import aligned, launch, takes_gemm
@@ -125,7 +125,7 @@ def _operator(x, packed, absmax, code, shape, blocksize, a, b, ends, sizes, arri
         return add_lora(F.linear(x, nf4_dequantize(weight, x.dtype, impl=impl), bias), x, lora)
     tokens = aligned(x.reshape(rows, shape[1]))
     config = choose_config(rows, shape[0], shape[1], x.device)
-    y = launch(tokens, weight, bias, config, (lora_shrink(tokens, a, arrived), lora))
+    y = launch(tokens, weight, bias, config, lora)
     return y.view(*x.shape[:-1], shape[0])
 
 

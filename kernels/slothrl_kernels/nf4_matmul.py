@@ -4,9 +4,7 @@ Up to `GEMM_ROWS` tokens the time is that of reading W, so reading 4 bits instea
 in registers (`nf4_matmul_kernels`). Beyond, W is dequantised once into memory that torch's allocator hands from call to
 call, and cuBLAS works on it.
 
-CUDA graphs: nothing is read back, and every launch depends on shapes alone. Splits of K count their arrivals in a
-buffer of the stream they run on, made at the first call outside of a capture; a stream on which nothing ran before gets
-a buffer in the graph, zeroed at each replay. Graphs captured on one stream must not be replayed at the same time.
+CUDA graphs: nothing is read back, and every launch depends on shapes alone; see `arrivals` on splits of K.
 torch.compile: `torch.ops.slothrl_kernels.nf4_matmul` is opaque to it, with a fake implementation and a backward.
 """
 
@@ -18,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slothrl_kernels.arrivals import arrival_counters
 from slothrl_kernels.nf4_config import GEMM_ROWS, Nf4Config, complete
 from slothrl_kernels.nf4_dequantize import nf4_dequantize, nf4_dequantize_reference
+from slothrl_kernels.nf4_inputs import nf4_inputs
 from slothrl_kernels.nf4_launches import choose_config
 from slothrl_kernels.nf4_weight import NestedAbsmax, Nf4Weight
 from slothrl_kernels.switch import HAS_TRITON, Impl, interpreted, processors, takes_triton
@@ -28,10 +28,7 @@ if TYPE_CHECKING or HAS_TRITON:
     import triton
     import triton.language as tl
 
-    from slothrl_kernels.nf4_matmul_kernels import nf4_gemm_kernel, nf4_gemv_kernel
-
-COUNTERS = 1 << 16
-_arrivals: dict[tuple[torch.device, int], Tensor] = {}
+    from slothrl_kernels.nf4_matmul_kernels import nf4_gemm_kernel
 
 
 def nf4_matmul_reference(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tensor:
@@ -58,8 +55,8 @@ def nf4_matmul(
         config: the launch; None chooses by shape.
 
     Returns:
-        (..., N) of X's dtype. A GEMM's sums are float32. Its codes are rounded to X's dtype before absmax is put on,
-        where the reference rounds their product: errors of the same size that are not the same.
+        (..., N) of X's dtype. A GEMM's sums are float32, and its weights those of `nf4_dequantize`, but for one in
+        fifty that is one step beside (`nf4_decode`).
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
@@ -112,10 +109,10 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def launch(x: Tensor, weight: Nf4Weight, bias: Tensor | None, config: Nf4Config, lora: Any = None) -> Tensor:
-    """x (M, K) contiguous -> (M, N); lora: (X A^T, a `nf4_lora.LoraDelta`), added before the result is rounded."""
-    own = lora[1].arrived if lora else None
+    """x (M, K) contiguous -> (M, N); lora: a `nf4_lora.LoraDelta`, added before the result is rounded."""
+    own = lora.arrived if lora else None
     (rows, inputs), outputs, nested, code = x.shape, weight.shape[0], weight.nested, weight.code
-    tensor_cores = config.block_m > 1
+    ordered, xa = nf4_inputs(x, config.chunks, lora.a if lora else None, own)
     grid = (triton.cdiv(outputs, config.block_n), config.splits, triton.cdiv(rows, config.block_m))
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     partials = arrived = code  # not touched by a single split
@@ -123,25 +120,26 @@ def launch(x: Tensor, weight: Nf4Weight, bias: Tensor | None, config: Nf4Config,
         partials = torch.empty(config.splits * rows * outputs, dtype=torch.float32, device=x.device)
         arrived = arrival_counters(x.device, grid[0] * grid[2], own)
     with torch.cuda.device_of(x):  # Triton launches on the current device, not on the tensor's
-        (nf4_gemm_kernel if tensor_cores else nf4_gemv_kernel)[grid](
-            x.view(torch.int64 if tensor_cores else torch.int32),
-            weight.packed.flatten().view(torch.int16 if tensor_cores else torch.int32),
+        nf4_gemm_kernel[grid](
+            ordered,
+            weight.packed.flatten().view(torch.int16),
             weight.absmax,
             code,
             *((nested.code, nested.absmax, nested.offset) if nested else (code, code, code)),
             code if bias is None else bias,
-            *((lora[0], lora[1].b, lora[1].ends) if lora else (code, code, code)),
+            *((xa, lora.b, lora.ends) if lora else (code, code, code)),
             y,
             partials,
             arrived,
             rows,
             outputs,
-            inputs // (4 if tensor_cores else 8),
+            inputs,
+            inputs // 4,
             inputs // 64,
             config.splits,
             **_options(x.dtype, weight, bias is not None, config),
-            RANK=lora[1].b.shape[1] if lora else 0,
-            SLICES=len(lora[1].sizes) if lora else 1,
+            RANK=lora.b.shape[1] if lora else 0,
+            SLICES=len(lora.sizes) if lora else 1,
         )
     return y
 
@@ -154,28 +152,15 @@ def _options(dtype: torch.dtype, weight: Nf4Weight, has_bias: bool, config: Nf4C
         "INNER_BLOCKSIZE": weight.nested.blocksize if weight.nested else 0,
         "HAS_BIAS": has_bias,
         "PTX": not interpreted() and torch.version.hip is None,
+        "INTERPRETED": interpreted(),
+        "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "CHUNKS": config.chunks,
         "SPLIT": config.splits > 1,
         "num_warps": config.warps,
         "num_stages": config.stages,
     }
-    if config.block_m > 1:
-        options |= {"BLOCK_M": config.block_m, "SCALE_FIRST": bool(config.scale_first), "INTERPRETED": interpreted()}
-    return options
-
-
-def arrival_counters(device: torch.device, tiles: int, own: Tensor | None = None) -> Tensor:
-    """Zeros, and zeros again after every launch; `own`, where a caller keeps enough; see the note on CUDA graphs."""
-    if own is not None and own.numel() >= tiles:
-        return own
-    cuda = device.type == "cuda"
-    key = (device, torch.cuda.current_stream(device).cuda_stream if cuda else 0)
-    if tiles > COUNTERS or (key not in _arrivals and cuda and torch.cuda.is_current_stream_capturing()):
-        return torch.zeros(tiles, dtype=torch.int32, device=device)
-    if key not in _arrivals:
-        _arrivals[key] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-    return _arrivals[key]
+    return options | ({"maxnreg": config.registers} if config.registers else {})
 
 
 def _as_weight(packed, absmax, code, shape, blocksize, inner_code, inner_absmax, offset, inner_blocksize) -> Nf4Weight:

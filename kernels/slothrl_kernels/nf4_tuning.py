@@ -15,10 +15,12 @@ import torch
 from slothrl_kernels.nf4_config import ROW_BUCKETS, Nf4Config, candidates, complete
 from slothrl_kernels.nf4_decode import NF4_CODE
 from slothrl_kernels.nf4_launches import choose_config, found_launches, keep
-from slothrl_kernels.nf4_matmul import nf4_matmul
+from slothrl_kernels.nf4_lora import LoraDelta, nf4_lora_matmul_reference
+from slothrl_kernels.nf4_matmul import launch
 from slothrl_kernels.nf4_weight import Nf4Weight
 from slothrl_kernels.switch import processors
 
+RANK = 16  # of the LoRA that candidates run with, as in generation: it costs registers, which decide
 COLD = 200_000_000  # bytes of W to walk over, several times any L2 cache
 
 
@@ -50,17 +52,20 @@ def fastest(rows: int, weights: list[Nf4Weight], wanted: Callable[[], bool] = la
     outputs, inputs = weights[0].shape
     device = weights[0].packed.device
     x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
-    exact = nf4_matmul(x.float(), weights[0], impl="torch")
+    lora = LoraDelta.zeros(RANK, inputs, (outputs,), x)
+    lora.a.normal_(std=inputs**-0.5)
+    lora.b.normal_(std=0.1)
+    exact = nf4_lora_matmul_reference(x, weights[0], lora).float()
     found: list[tuple[float, Nf4Config]] = []
 
     def attempt(config: Nf4Config) -> None:
         config = complete(config, rows, outputs, inputs, processors(device))
         try:
-            result = nf4_matmul(x, weights[0], config=config).float()
+            result = launch(x, weights[0], None, config, lora).float()
         except Exception:  # a launch that this GPU or Triton refuses is no candidate
             return
         if (result - exact).norm() <= 1e-2 * exact.norm():
-            call = lambda i: nf4_matmul(x, weights[i], config=config)  # noqa: E731
+            call = lambda i: launch(x, weights[i], None, config, lora)  # noqa: E731
             found.append((graph_microseconds(call, len(weights), 3), config))
 
     for config in candidates(rows):

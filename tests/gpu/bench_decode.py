@@ -146,7 +146,7 @@ def profile(count: int, call) -> None:
     kernels = sorted(record.key_averages(), key=lambda event: -event.self_device_time_total)
     busy = sum(event.self_device_time_total for event in kernels)
     print(f"PROFILE {count} sequences, 32 steps and a prefill: {wall / 1e3:.0f} ms, GPU busy {busy / 1e3:.0f} ms")
-    for event in kernels[:14]:
+    for event in kernels[:26]:
         print(f"PROFILE   {event.self_device_time_total / 1e3:8.2f} ms {event.count:6d} x {event.key[:90]}", flush=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import multiprocessing
 import time
@@ -17,7 +18,7 @@ from slothrl_kernels.nf4_launches import choose_config
 from slothrl_kernels.nf4_tuning import cold_weights, fastest, graph_microseconds
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-ROWS = (1, 4, 16, 64, 128, 256)
+ROWS = (16, 64, 128, 256)
 
 
 def compile_one(fields: list[int]) -> str:
@@ -26,7 +27,7 @@ def compile_one(fields: list[int]) -> str:
         config = Nf4Config(*fields)
         x = random(config.block_m, 4096)
         for splits in (1, 2):
-            nf4_matmul(x, random_weight(config.block_n, 4096), config=Nf4Config(*fields[:-1], splits))
+            nf4_matmul(x, random_weight(config.block_n, 4096), config=dataclasses.replace(config, splits=splits))
         torch.cuda.synchronize()
     except Exception as error:
         return f"{fields}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"

@@ -33,7 +33,7 @@ def check_lora(x, weight, lora, bias):
     assert ours.isfinite().all() and (ours.dtype, ours.shape) == (plain.dtype, plain.shape)
     tolerance = TOLERANCE[x.dtype]
     if x.dtype == torch.bfloat16 and not x.is_cuda:
-        tolerance = 2**-6  # the interpreter truncates
+        tolerance = 2**-7  # the interpreter truncates
     allowed = (plain.double() - exact).abs().max() + tolerance * exact.abs().max()
     assert (ours.double() - exact).abs().max() <= allowed
     # The delta itself, which is no smaller than the base's part, is there in every slice.

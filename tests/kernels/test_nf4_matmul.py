@@ -10,9 +10,9 @@ from slothrl_kernels.nf4_launches import SHIPPED, cache_file, choose_config, fou
 
 from tests.kernels.nf4_cases import quantized
 
-# Relative to the largest value, on top of the reference's own error: half a step of the dtype for the rounded codes.
-TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
-GEMV, SMALL, SCALED = Nf4Config(1, 16, 2), Nf4Config(16, 32, 2), Nf4Config(16, 32, 1, 1)
+# Relative to the largest value, on top of the reference's own error: what codes in float16 move.
+TOLERANCE = {torch.bfloat16: 2**-9, torch.float16: 2**-11}
+SMALL, WIDE, NARROW = Nf4Config(16, 32, 2), Nf4Config(16, 32, 4), Nf4Config(32, 16, 1)
 
 
 def check_budget(x, weight, bias, config=None):
@@ -22,7 +22,7 @@ def check_budget(x, weight, bias, config=None):
     assert ours.isfinite().all() and ours.dtype == x.dtype and ours.shape == plain.shape
     tolerance = TOLERANCE[x.dtype]
     if x.dtype == torch.bfloat16 and not x.is_cuda:
-        tolerance = 2**-6  # Triton 3.9's interpreter truncates to bfloat16, which biases every code towards zero
+        tolerance = 2**-7  # Triton 3.9's interpreter truncates to bfloat16
     allowed = (plain.double() - exact).abs().max() + tolerance * exact.abs().max()
     assert (ours.double() - exact).abs().max() <= allowed
 
@@ -35,7 +35,7 @@ def case(rows, outputs, inputs, dtype, device, nested=False, blocksize=64):
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("config", [GEMV, SMALL, SCALED], ids=["gemv", "scale last", "scale first"])
+@pytest.mark.parametrize("config", [SMALL, WIDE, NARROW], ids=["two chunks", "four", "one"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows, outputs, inputs", [(1, 37, 256), (5, 64, 192), (19, 33, 320)])
 def test_error_budget(kernel_device, rows, outputs, inputs, dtype, config, splits):
@@ -43,7 +43,7 @@ def test_error_budget(kernel_device, rows, outputs, inputs, dtype, config, split
     check_budget(x, weight, bias if splits > 1 else None, dataclasses.replace(config, splits=splits))
 
 
-@pytest.mark.parametrize("config", [GEMV, SMALL, SCALED], ids=["gemv", "scale last", "scale first"])
+@pytest.mark.parametrize("config", [SMALL, WIDE, NARROW], ids=["two chunks", "four", "one"])
 @pytest.mark.parametrize("blocksize", [64, 128, 4096])
 @pytest.mark.parametrize("nested", [False, True])
 def test_absmax(kernel_device, nested, blocksize, config):
@@ -140,9 +140,9 @@ def test_refuses():
 
 
 def test_configs():
-    assert [bucket(rows) for rows in (1, 3, 16, 17, 256)] == [1, 4, 16, 32, 256]
+    assert [bucket(rows) for rows in (1, 3, 16, 17, 256)] == [16, 16, 16, 32, 256]
     for rows in DEFAULTS:
-        assert DEFAULTS[rows] in candidates(rows) and len(candidates(rows)) <= 12
+        assert DEFAULTS[rows] in candidates(rows) and len(candidates(rows)) <= 14
         for outputs, inputs in ((1, 64), (6144, 4096), (4096, 14336), (896, 4864)):
             config = choose_config(rows, outputs, inputs, torch.device("cpu"))
             steps = inputs // 64 / config.chunks
@@ -159,8 +159,8 @@ def test_winners_are_kept_by_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(nf4_launches, "gpu_key", lambda _: name[0])
     found_launches.cache_clear()
     assert found_launches(device) == {}
-    first, second = Nf4Config(16, 64, 2, 0, 4, 3, 5), Nf4Config(128, 128, 1, 1, 4, 3, 2)
-    keep({(4, 6144, 4096): first}, device)
+    first, second = Nf4Config(16, 64, 2, 4, 3, 5), Nf4Config(128, 128, 2, 8, 3, 2, 128)
+    keep({(16, 6144, 4096): first}, device)
     name[0] = "two"
     found_launches.cache_clear()
     assert found_launches(device) == {}
@@ -168,7 +168,7 @@ def test_winners_are_kept_by_gpu(tmp_path, monkeypatch):
     assert found_launches(device) == {(256, 6144, 4096): second}
     name[0] = "one"
     found_launches.cache_clear()
-    assert found_launches(device) == {(4, 6144, 4096): first}
+    assert found_launches(device) == {(16, 6144, 4096): first}
     cache_file().write_text("{")
     found_launches.cache_clear()
     assert found_launches(device) == {}
