@@ -6,8 +6,8 @@
     python tests/gpu/bench_grpo_full.py trainer.beta=0.04  # further overrides of the run
 
 `slothrl.run.run` on a composed config: prompts from a file, a reward function in a worker process, the policy probe,
-fused layers, packed updates, metrics and samples. Llama-3-8B's shape with random nf4 weights that vLLM's loader makes on
-the GPU (`random_nf4`), LoRA r=16, 8 prompts x 8 completions, prompt 504, completion 1,024 tokens, forced.
+fused layers, packed updates, metrics and samples. Llama-3-8B's shape with random nf4 weights that vLLM's loader makes
+on the GPU (`random_nf4`), LoRA r=16, 8 prompts x 8 completions, prompt 504, completion 1,024 tokens, forced.
 
 What is what, of the phases in metrics.jsonl: rollout is the engine's generation with tokenising and decoding; update is
 forward, backward and optimizer, old log-probs inside; the rest is everything else, and the host's share of tokenising
@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 
+from slothrl import vllm_compat
 from slothrl.compose import compose_config
 from slothrl.memory_phases import phase_table
 from slothrl.run import run
-from tests.families import make_checkpoint
 from tests.gpu.random_nf4 import SHAPES, register_random_loader, write_config
 from tests.helpers import tiny_tokenizer
 
@@ -46,15 +46,11 @@ def even(completions, completion_ids, **columns):
 '''
 
 
-def write_parts(folder: Path, prompt: int, tiny: bool) -> None:
+def write_parts(folder: Path, prompt: int, shape: str) -> None:
     """Model, prompts and reward in `folder`."""
-    if tiny:
-        make_checkpoint("llama", folder / "model", vocab_size=1024, max_position_embeddings=2048)
-        tiny_tokenizer(size=1024).save_pretrained(folder / "model")
-    else:
-        (folder / "model").mkdir()
-        write_config("8b", folder / "model")
-        tiny_tokenizer(size=SHAPES["8b"]["vocab_size"]).save_pretrained(folder / "model")
+    (folder / "model").mkdir()
+    write_config(shape, folder / "model")
+    tiny_tokenizer(size=SHAPES[shape]["vocab_size"]).save_pretrained(folder / "model")
     # One token a character; every prompt is another from its first token on.
     rows = [{"prompt": (chr(65 + i % 26) + chr(97 + i // 26)) * (prompt // 2)} for i in range(PROMPTS * 8)]
     (folder / "prompts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
@@ -69,15 +65,13 @@ def overrides_of(folder: Path, prompt: int, completion: int, tiny: bool) -> list
         f"trainer.max_steps={WARM_UP + STEPS}", f"trainer.num_generations={COMPLETIONS}", "trainer.save_strategy=no",
         f"trainer.per_device_train_batch_size={PROMPTS * COMPLETIONS}", "trainer.gradient_accumulation_steps=1",
         f"trainer.max_completion_length={completion}", "logger.progress=false",
-        "trainer.generation_kwargs={ignore_eos: true, stop_token_ids: []}",
+        "trainer.generation_kwargs={ignore_eos: true, stop_token_ids: []}", "model.quantization=nf4",
+        "model.dtype=bfloat16", "model.fuse=on", "packing=on", "model.lora.r=16", "model.lora.lora_alpha=32",
+        "rollout.share_base=always",
     ]  # fmt: skip
     if tiny:
-        return [*common, "gpu=cpu", "packing=on"]
-    return [
-        *common, "gpu=80gb", "model.quantization=nf4", "model.dtype=bfloat16", "model.fuse=on", "packing=on",
-        "model.lora.r=16", "model.lora.lora_alpha=32", "rollout.share_base=always", "rollout.kv_cache_gb=12.5",
-        "rollout.gpu_memory_utilization=0.1",
-    ]  # fmt: skip
+        return [*common, "gpu=cpu"]
+    return [*common, "gpu=80gb", "rollout.kv_cache_gb=12.5", "rollout.gpu_memory_utilization=0.1"]
 
 
 def text_seconds(prompt: int, completion: int, vocabulary: int) -> float:
@@ -134,19 +128,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--keep", type=Path)
-    parser.add_argument("--lengths", help="tokens of a prompt and of a completion; default 504,1024, and 24,16 for --tiny")
+    parser.add_argument("--lengths", help="tokens of a prompt and a completion: 504,1024, with --tiny 24,16")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     prompt, completion = map(int, (arguments.lengths or ("24,16" if arguments.tiny else "504,1024")).split(","))
-    start = time.time()
+    start, shape = time.time(), "tiny" if arguments.tiny else "8b"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_parts(folder, prompt, arguments.tiny)
-        if not arguments.tiny:
-            from slothrl import vllm_compat
-
-            vllm_compat.import_vllm()
-            register_random_loader("bitsandbytes")  # the load format that an nf4 base has, without its checkpoint
+        write_parts(folder, prompt, shape)
+        vllm_compat.import_vllm()
+        register_random_loader("bitsandbytes")  # the load format that an nf4 base has, without its checkpoint
         overrides = [*overrides_of(folder, prompt, completion, arguments.tiny), *arguments.overrides]
         output = arguments.keep or folder / "run"
         output.mkdir(parents=True, exist_ok=True)
@@ -154,8 +145,7 @@ def main() -> int:
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         lines = [line for line in lines if "reward" in line]
         memory = json.loads((output / "memory.json").read_text())
-    vocabulary = 1024 if arguments.tiny else SHAPES["8b"]["vocab_size"]
-    missed = report(lines, text_seconds(prompt, completion, vocabulary), memory)
+    missed = report(lines, text_seconds(prompt, completion, SHAPES[shape]["vocab_size"]), memory)
     print(f"{time.time() - start:.0f} s in all; " + ("; ".join(missed) or "every demand is met"))
     return 1 if missed else 0
 
