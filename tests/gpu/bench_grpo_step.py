@@ -148,10 +148,11 @@ def _synchronize() -> None:
 
 
 def model_of(tiny: bool, fused: bool) -> Any:
-    """The PEFT model, on the GPU where there is one."""
+    """The PEFT model, the same at every call, on the GPU where there is one."""
     fields = {**LLAMA_3_8B, **(TINY if tiny else {}), "max_position_embeddings": 32768}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = random_nf4(LlamaConfig(**fields, tie_word_embeddings=False), device)
+    torch.manual_seed(0)  # the same adapter in every arm
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     if fused:
         fuse(model)

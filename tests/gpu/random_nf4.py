@@ -1,4 +1,4 @@
-"""vLLM with random nf4 weights of a real shape, made on the device in seconds: no checkpoint, no quantisation at load."""
+"""vLLM with random nf4 weights of a real shape, made where they lie in seconds: no checkpoint, no quantising."""
 
 from __future__ import annotations
 
