@@ -8,8 +8,8 @@
 Llama-3-8B's shape, random nf4 weights made on the GPU, LoRA r=16 on all 7 linears in float32, gradient checkpointing,
 AdamW. No vLLM: completions are random tokens of a forced length (`grpo_shapes`), with log-probs as if sampled. Timed
 from the completions to the end of the optimizer step: rewards, which take milliseconds, old log-probs where they are
-needed, forwards, backwards, optimizer. One step to warm up is not timed. An arm without gradient fails, and so does the
-command, with the last lines that a failed arm wrote; the peers' arms are in `bench_grpo_peers.py`.
+needed, forwards, backwards, optimizer. One step to warm up is not timed. The command fails where an arm fails, of which
+it tells the last lines, has no gradient, or has another one than the first; the peers are in `bench_grpo_peers.py`.
 
 | shape | prompts | completions each | prompt tokens | completion tokens |
 |---|---|---|---|---|
@@ -223,8 +223,9 @@ def main() -> int:
             found[arm] = in_process(name, arm, [*flags, *(["--tiny"] if arguments.tiny and arm in PEERS else [])])
             print(row(name, arm, found[arm]), flush=True)
         failed += [f"{arm} at {name}" for arm, result in found.items() if "error" in result]
+        failed += unlike(name, {arm: r["grad_norm"] for arm, r in found.items() if "error" not in r})
         compare(name, {arm: result["seconds"] for arm, result in found.items() if "seconds" in result})
-    print(f"failed: {', '.join(failed)}" if failed else "a gradient in every arm")
+    print(f"failed: {', '.join(failed)}" if failed else "the same gradient in every arm, and not zero")
     return 1 if failed else 0
 
 
@@ -252,6 +253,15 @@ def row(name: str, arm: str, found: dict[str, Any]) -> str:
     cells += [f"{found['peak'] / 1e9:.1f}", f"{(found['peak'] - found['base']) / 1e9:.1f}"]
     cells += [f"{found['loss']:.5f}", f"{found['grad_norm']:.5f}"]
     return "\n".join([f"| {' | '.join(cells)} |", *found["lines"]])
+
+
+def unlike(name: str, norms: dict[str, float]) -> list[str]:
+    """Arms whose gradient is not the first one's: all but Unsloth have the same adapter and tokens."""
+    norms = {arm: norm for arm, norm in norms.items() if arm != "Unsloth"}
+    first = next(iter(norms.values()), 0.0)
+    return [
+        f"{arm} at {name} (its gradient is another)" for arm, norm in norms.items() if abs(norm - first) > 0.1 * first
+    ]
 
 
 def compare(name: str, seconds: dict[str, float]) -> None:

@@ -13,15 +13,16 @@ measure() {
     "$@" >"$out/$name.log" 2>&1
     code=$?
     echo "$name: exit code $code, $(($(date +%s) - begin)) s"
-    grep -E '^\||^MEMORY|times our|^failed|in all;|passed|FAILED|^E  ' "$out/$name.log" | tail -n 30
+    grep -E '^\||^MEMORY|times our|^failed|^the same|in all;|passed|FAILED|^E  ' "$out/$name.log" | tail -n 30
 }
 
 fused="packed, fused layers"
 # 150 s. A table of four steps and their median, the phases' memory, "every demand is met" (update at most 6.5 s, the rest
 # 0.5 s, 30 GB, a gradient, an importance ratio near 1). Where the probe refuses random weights: rollout.probe=false.
 measure full "$python" tests/gpu/bench_grpo_full.py
-# 45 s. The update alone: about 6.1 s, 68,496 to 69,504 tokens, 4 micro-batches; MEMORY: KB a token kept and at the most.
-measure main "$python" tests/gpu/bench_grpo_step.py --shapes main --arms "$fused"
+# 90 s. The update alone: about 6.1 s fused, 69,504 tokens in 4 micro-batches; MEMORY: KB a token kept and at the most;
+# "the same gradient in every arm": what fused and plain layers train on must be one thing.
+measure main "$python" tests/gpu/bench_grpo_step.py --shapes main --arms "$fused;packed"
 # 90 s. 8 completions of 20,480 tokens: at most 16 GB beyond the base, about 13 computed.
 measure long-completion "$python" tests/gpu/bench_grpo_step.py --shapes long-completion --arms "$fused"
 # 150 s. Ours beside both peers at prompt 2,048: "times our seconds", TRL at least 4, Unsloth 2.5.
@@ -30,5 +31,5 @@ measure long-prompt "$python" tests/gpu/bench_grpo_step.py --shapes long-prompt 
 measure peers "$python" tests/gpu/bench_grpo_step.py --shapes main --arms "$fused" --peers
 # 90 s. Pairs by error budget: packed and padded, shared, cut, fused, dropped, elided, siblings.
 measure pairs "$python" -m pytest -q -m gpu tests/gpu/test_packed_step_gpu.py tests/gpu/test_packed_pairs_gpu.py
-# 75 s. What packing and sharing are worth without fused layers.
-measure arms "$python" tests/gpu/bench_grpo_step.py --shapes main --arms "packed;packed, prompts not shared"
+# 90 s. What packing and sharing are worth without fused layers.
+measure arms "$python" tests/gpu/bench_grpo_step.py --shapes main --arms "packed, prompts not shared;padded"

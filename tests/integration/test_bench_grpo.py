@@ -27,6 +27,12 @@ def test_a_failed_arm_is_told_by_its_exception(capsys):
     assert "usage" in capsys.readouterr().err
 
 
+def test_an_arm_with_another_gradient_is_named():
+    norms = {"packed": 1.0, "padded": 1.05, "TRL": 0.0, "Unsloth": 7.0}
+    assert bench_grpo_step.unlike("main", norms) == ["TRL at main (its gradient is another)"]
+    assert bench_grpo_step.unlike("main", {}) == []
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_arms_are_forced_to_the_same(name):
     shape = SHAPES[name]
