@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from slothrl.activations import attention_bytes
+
 CPU_TOKENS = 4096  # a forward's fixed costs are gone there, and a small machine still has the memory
 # A pass over an 8B base's weights is 1.5% of a micro-batch of this size already, and its activations take 14 GB: a
 # completion of 20,480 tokens fits in, and the step still stays under 16 GB beyond the base.
@@ -58,7 +60,11 @@ def token_budget(model: nn.Module, checkpointing: bool) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     config: Any = model.config
-    return tokens_that_fit(free - bytes_to_come(model), config.get_text_config(), checkpointing)
+    free, config = free - bytes_to_come(model), config.get_text_config()
+    tokens = tokens_that_fit(free, config, checkpointing)
+    # Without the room for them, attention outputs would be kept in memory that the budget counts on.
+    kept = attention_bytes(model, tokens) if checkpointing else 0
+    return tokens_that_fit(free, config, checkpointing, kept)
 
 
 def bytes_to_come(model: nn.Module) -> int:
@@ -66,8 +72,12 @@ def bytes_to_come(model: nn.Module) -> int:
     return TO_COME * sum(p.nbytes for p in model.parameters() if p.requires_grad and p.grad is None)
 
 
-def tokens_that_fit(free: int, config: Any, checkpointing: bool) -> int:
-    """Tokens for `free` bytes, between `LEAST_TOKENS` and `MOST_TOKENS`; 16-bit activations."""
+def tokens_that_fit(free: int, config: Any, checkpointing: bool, kept: int = 0) -> int:
+    """Tokens for `free` bytes, between `LEAST_TOKENS` and `MOST_TOKENS`; 16-bit activations.
+
+    Args:
+        kept: bytes a token that checkpointed layers keep beside their inputs (`slothrl.activations`).
+    """
     logits = HEAD_ROWS * config.vocab_size * 8  # a chunk in 16 bits, and float32 beside it
-    tokens = int((USABLE * free - logits) / bytes_per_token(config, 2, checkpointing))
+    tokens = int((USABLE * free - logits) / (bytes_per_token(config, 2, checkpointing) + kept))
     return max(LEAST_TOKENS, min(MOST_TOKENS, tokens // 1024 * 1024))

@@ -4,11 +4,13 @@ import random
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config
 
+from slothrl.activations import attention_bytes, keep_activations
 from slothrl.packed_batch import build_pack, rows_to_pack
 from slothrl.packing import Block, Row, plan_micro_batches, sharing_pays, useful_tokens
 from slothrl.token_budget import bytes_per_token, bytes_to_come, token_budget, tokens_that_fit
+from tests.helpers import tiny_model
 
 
 def groups(prompt: int, *completions: list[int]) -> list[Row]:
@@ -146,6 +148,26 @@ def test_the_budget_leaves_room_for_gradients_and_moments_that_are_to_come():
     assert bytes_to_come(model) == 3 * 4 * (5 * 7 + 7)
     model[1](torch.ones(1, 5)).sum().backward()
     assert bytes_to_come(model) == 0
+
+
+def test_attention_that_is_kept_takes_its_share_of_the_budget():
+    # Qwen3-0.6B keeps 116 KB of attention a token where it is worth it, and 8 GB hold 19K or 10K tokens.
+    config = Qwen3Config(
+        hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=128, vocab_size=151936,
+    )  # fmt: skip
+    kept = 28 * (2 * 2048 + 4 * 16)
+    assert bytes_per_token(config, 2, True) == (28 * 1024 + 39_936 + 3072) * 2
+    assert tokens_that_fit(5 * 10**9, config, True) == (4 * 10**9 - 1024 * 151936 * 8) // 143_360 // 1024 * 1024
+    assert tokens_that_fit(5 * 10**9, config, True, kept) == 10_240
+
+
+def test_what_is_kept_of_attention_is_counted_by_the_policy():
+    model = tiny_model(128)  # 2 layers, 4 heads of 16
+    assert attention_bytes(model, 1000) == 0
+    for policy, wanted in {"attention": 2 * (2 * 64 + 4 * 4), "offload": 0, "auto": 0}.items():  # auto: on a GPU
+        keep_activations(model, policy)
+        assert attention_bytes(model, 1000) == wanted
 
 
 def test_long_completions_stay_under_16_gb_beyond_the_cache():
