@@ -63,6 +63,12 @@ def release(model: nn.Module) -> None:
         kept.remove()
 
 
+def attention_bytes(model: nn.Module, tokens: int) -> int:
+    """What the layers would keep of their attention for each of `tokens` tokens in one row, beside their inputs."""
+    kept = vars(model).get(_KEPT)
+    return 0 if kept is None or kept.policy == "offload" else kept.bytes_per_token(tokens)
+
+
 class Activations:
     """Watches the forwards of a decoder and decides, for each, what its layers keep."""
 
@@ -105,6 +111,14 @@ class Activations:
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return min(count, int(SHARE * free / (batch * length * (2 * width + 4 * heads))))
+
+    def bytes_per_token(self, tokens: int) -> int:
+        """Attention's outputs, 16 bits, and log-sum-exps, of as many layers as would keep them."""
+        config = self.layers[0].self_attn.config
+        heads = config.num_attention_heads
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        device = next(self.layers[0].parameters()).device
+        return self._how_many(1, tokens, device) * (2 * width + 4 * heads)
 
 
 class _Checkpoint:

@@ -117,5 +117,7 @@ def iterate(dataset: Dataset | list[Row]) -> Iterable[Row]:
 
 
 def with_column(dataset: Dataset, name: str, values: list[Any]) -> Dataset:
+    if dataset.column_names == [name]:
+        return type(dataset).from_dict({name: values})  # without any column a dataset would have no rows either
     others = dataset.remove_columns(name) if name in dataset.column_names else dataset
     return others.add_column(name, values)  # type: ignore[call-arg]

@@ -10,7 +10,7 @@ import torch
 from slothrl.checkpoint import NO_ROOM, DiskFullError
 from slothrl.errors import FaultError, UserError
 from slothrl.memory import measure
-from slothrl.phases import BACKWARD, FORWARD, LOGPROBS, OPTIMIZER, ROLLOUT
+from slothrl.phases import BACKWARD, ENGINE, FORWARD, LOGPROBS, OPTIMIZER
 from slothrl.plan import size
 
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory|failed to allocate", re.IGNORECASE)
@@ -50,7 +50,7 @@ def explained(error: BaseException, trainer: Any, engine: str, advice: str) -> F
     phase = trainer.phases.current
     if out_of_memory(error):
         return OutOfMemoryFault(f"{_memory_report(error, trainer, engine, phase)}\n{advice}", phase)
-    if phase == ROLLOUT and engine != "transformers":
+    if phase in ENGINE and engine != "transformers":
         return EngineFault(f"the engine ({engine}) failed: {type(error).__name__}: {_first_line(error)}\n{advice}")
     return None
 
@@ -83,9 +83,9 @@ def remedies(phase: str, args: Any, engine: str, packed: int = 0) -> list[str]:
     """
     micro_batch = _fewer_tokens(packed) if packed else _smaller_micro_batch(args)
     shorter = _shorter(args)
-    if phase == ROLLOUT and engine == "vllm":
+    if phase in ENGINE and engine == "vllm":
         first = ["rollout.gpu_memory_utilization=… lower: vLLM's share leaves too little for the rest", shorter]
-    elif phase == ROLLOUT:
+    elif phase in ENGINE:
         first = [shorter, _smaller_generation(args), micro_batch]
     elif phase == OPTIMIZER:
         first = [_setting(args, "optim", "adamw_8bit", "a quarter of the optimizer state"), micro_batch]

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 START, ROLLOUT, REWARDS, LOGPROBS = "start", "rollout", "rewards", "log-probs"
 FORWARD, BACKWARD, OPTIMIZER, CHECKPOINT = "forward", "backward", "optimizer", "checkpoint"
+PUSH, CACHE = "LoRA push", "KV cache"  # of a rollout: the probe counts as pushing; the cache is taken back and given up
+ENGINE = (ROLLOUT, PUSH, CACHE)
 
 
 class Phases:

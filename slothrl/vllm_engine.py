@@ -270,9 +270,20 @@ def _arguments(options: VLLMOptions, lora: LoraShape, linear: str | None) -> dic
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
+        if not options.enforce_eager:
+            arguments["compilation_config"] = {"cudagraph_capture_sizes": graph_sizes(options.max_num_seqs)}
     if options.kv_cache_gb is not None or not on_gpu:
         arguments["kv_cache_memory_bytes"] = int((options.kv_cache_gb or 1.0) * 2**30)
     return arguments
+
+
+def graph_sizes(sequences: int) -> list[int]:
+    """The batch sizes whose decoding steps are recorded as CUDA graphs: 1, 2, 4, multiples of 8 up to 64, then of 16.
+
+    vLLM records up to twice its sequences, which a decoding step never has; each size takes seconds and memory.
+    """
+    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, sequences + 16, 16)]
+    return [*(size for size in sizes if size < sequences), sequences]
 
 
 def _free_bytes() -> int:

@@ -14,18 +14,20 @@ CHATML = (
 )
 
 
-def tiny_tokenizer(chat_template: bool = True, pad: bool = True) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(chat_template: bool = True, pad: bool = True, size: int = 0) -> PreTrainedTokenizerFast:
     """A tokenizer with one token a printable ASCII character, so that lengths can be counted by hand.
 
     Args:
         chat_template: with a ChatML template; else without any.
         pad: with a pad token; else `pad_token` is None.
+        size: words for the ids from there up to this one, which no text becomes, but which decode to text.
 
     Returns:
         The tokenizer: ids 0 to 3 are pad, eos, start of message and unknown; decoding gives the text back.
     """
     characters = ["\n", *(chr(code) for code in range(32, 127))]
     vocabulary = {token: index for index, token in enumerate([PAD, EOS, START, UNK, *characters])}
+    vocabulary |= {f" word{index}": index for index in range(len(vocabulary), size)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()

@@ -15,6 +15,7 @@ from slothrl.algorithm import Algorithm
 from slothrl.config import DiagnosisConfig, DynamicSamplingConfig, PackingConfig
 from slothrl.engine import Engine, Sampling
 from slothrl.memory_phases import PhaseMemory
+from slothrl.phases import CACHE, PUSH
 from slothrl.probe import PolicyProbe
 from slothrl.trainers.adapters import adapter_values, restore_float32_adapter
 from slothrl.trainers.checkpoints import ExactCheckpoints
@@ -116,19 +117,23 @@ class GRPOTrainer(Guards, ExactCheckpoints, Watched, Signal, PackedStep, TRLGRPO
         """Give the engine the LoRA as it is now, and check on fixed tokens that it arrived, as often as 1% of the time
         allows; the tokens it then samples are checked at every step."""
         assert self.engine is not None
-        self.engine.push_lora()
-        self._pushed_step = self.state.global_step
-        if self.probe is not None and (difference := self.probe.check_push()) is not None:
-            self._metrics["train"]["sampling/probe_difference"].append(difference)
+        with self.phases.during(PUSH):
+            self.engine.push_lora()
+            self._pushed_step = self.state.global_step
+            if self.probe is not None and (difference := self.probe.check_push()) is not None:
+                self._metrics["train"]["sampling/probe_difference"].append(difference)
 
     def _generate(self, prompts: list):
         if self.engine is None or self.memory is None:
             return super()._generate(prompts)
         self.memory.begin("rollout")
+        with self.phases.during(CACHE):
+            self.engine.wake()
         generated = super()._generate(prompts)
         self.memory.begin("update" if self.model.training else "scoring")
         # Turns with tools and custom rollouts are over: the trainer may have the cache's memory.
-        self.engine.sleep()
+        with self.phases.during(CACHE):
+            self.engine.sleep()
         return generated
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):

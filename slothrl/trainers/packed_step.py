@@ -133,6 +133,7 @@ class PackedStep(PolicyLoss):
                 with self.phases.during(BACKWARD):
                     self.accelerator.backward(loss)
             total += loss.detach()
+            del loss  # or its graph would be there until the next one is made
         self._done_ahead = len(batches) - 1 if backward else 0
         if backward and not packs:
             self._nothing()

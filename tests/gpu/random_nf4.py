@@ -1,4 +1,4 @@
-"""vLLM with random nf4 weights of a real shape, made on the GPU in seconds: no checkpoint, no quantisation at load."""
+"""vLLM with random nf4 weights of a real shape, made where they lie in seconds: no checkpoint, no quantising."""
 
 from __future__ import annotations
 
@@ -42,6 +42,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
         "tie_word_embeddings": True,
     },
+    "tiny": {  # for a rehearsal on a CPU
+        "model_type": "llama",
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 1024,
+    },
 }
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
@@ -59,6 +68,9 @@ def register_random_loader(name: str = "random_weights") -> str:
     """Register a load format with vLLM, through its public registry; returns its name."""
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()  # once a process; one of them may have a loader of the same name, and must not come later
 
     class RandomLoader(BaseModelLoader):
         def download_model(self, model_config):
@@ -68,7 +80,7 @@ def register_random_loader(name: str = "random_weights") -> str:
             torch.manual_seed(0)
             for module in model.modules():
                 for name, parameter in module.named_parameters(recurse=False):
-                    if getattr(parameter, "use_bitsandbytes_4bit", False):
+                    if is_packed(parameter):
                         fill_packed(parameter, module)
                     elif parameter.data.is_floating_point():
                         one = 1.0 if parameter.ndim == 1 and name == "weight" else 0.0
@@ -76,6 +88,11 @@ def register_random_loader(name: str = "random_weights") -> str:
 
     register_model_loader(name)(RandomLoader)
     return name
+
+
+def is_packed(parameter: Any) -> bool:
+    """Whether a parameter is nf4: marked by vLLM up to 0.27, of a class of its own in the plugin for later versions."""
+    return getattr(parameter, "use_bitsandbytes_4bit", type(parameter).__name__ == "BitsAndBytes4bitParameter")
 
 
 def fill_packed(parameter: Any, module: Any) -> None:

@@ -22,6 +22,7 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 
 from slothrl.config import PackingConfig
 from slothrl.trainers.grpo import GRPOTrainer
+from tests.traced import LiveBytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FOUR = {"per_device_train_batch_size": 4}
@@ -239,6 +240,25 @@ def test_one_graph_at_a_time(tmp_path):
     one = trainer(Watching, arguments(tmp_path, max_steps=1), engine=FixedEngine("vllm"), packing=packing)
     train(one)
     assert len(seen) >= 7 and set(seen) == {0}
+
+
+def test_nothing_of_a_pack_is_left_when_the_next_one_begins(tmp_path):
+    starts, live = [], LiveBytes()
+
+    class Watching(GRPOTrainer):
+        def _pack_logprobs(self, *arguments, **named):
+            starts.append(live.live)
+            return super()._pack_logprobs(*arguments, **named)
+
+    packing = PackingConfig(mode="on", tokens_per_micro_batch=24)
+    fields = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    args = arguments(tmp_path, max_steps=1, **fields)
+    one = trainer(Watching, args, engine=FixedEngine("vllm"), packing=packing)
+    with live:
+        gradients, _ = train(one)
+    kept = sum(gradient.nbytes for gradient in gradients[0].values())
+    states = 14 * 32 * 4  # the hidden states of the smallest pack
+    assert len(starts) == 3 and all(abs(start - starts[0] - kept) < states for start in starts[1:])
 
 
 def test_padded_where_it_must_be_and_refused_where_it_may_not(tmp_path):

@@ -108,6 +108,7 @@ def test_its_figures_are_those_of_the_metrics(runs):
     between = metrics[-1]["seconds"] - metrics[0]["seconds"]  # what came before the first step is no phase's
     assert sum(spent[1:]) == pytest.approx(between, rel=0.2, abs=0.1)
     assert statistics.fmean(line["time/rollout"] for line in metrics) > 0
+    assert all({"time/LoRA push", "time/KV cache"} <= line.keys() for line in metrics)
 
 
 def test_completions_are_text_and_nothing_else(runs, tmp_path, capsys):

@@ -5,6 +5,7 @@ import torch
 
 from slothrl.engine import Rollout, Sampling, TransformersEngine, model_logprobs
 from slothrl.rollout import wants_view
+from slothrl.vllm_engine import graph_sizes
 from tests.helpers import tiny_model, tiny_tokenizer
 
 
@@ -104,3 +105,16 @@ def test_view_is_for_many_sequences_and_free_memory():
     assert wants_view("auto", weights, 256, 64 * 10**9)
     assert not wants_view("auto", weights, 64, 64 * 10**9)
     assert not wants_view("auto", weights, 256, 24 * 10**9)
+
+
+@pytest.mark.parametrize(
+    "sequences, sizes",
+    [
+        (1, [1]),
+        (6, [1, 2, 4, 6]),
+        (64, [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64]),
+        (100, [1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 100]),
+    ],
+)
+def test_graphs_are_recorded_up_to_the_sequences_there_are(sequences, sizes):
+    assert graph_sizes(sequences) == sizes

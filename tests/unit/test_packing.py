@@ -4,10 +4,13 @@ import random
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config
 
+from slothrl.activations import attention_bytes, keep_activations
+from slothrl.packed_batch import build_pack, rows_to_pack
 from slothrl.packing import Block, Row, plan_micro_batches, sharing_pays, useful_tokens
-from slothrl.token_budget import bytes_per_token, token_budget, tokens_that_fit
+from slothrl.token_budget import bytes_per_token, bytes_to_come, token_budget, tokens_that_fit
+from tests.helpers import tiny_model
 
 
 def groups(prompt: int, *completions: list[int]) -> list[Row]:
@@ -83,6 +86,21 @@ def test_a_realistic_mix_computes_hardly_more_than_it_must(prompt):
         assert len(plan) <= -(-tokens(plan) // 16384) + 1
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_mix_as_tensors_has_no_token_more_than_the_plan(seed):
+    # The counted tokens of a padded batch, through what the trainer itself calls, and what the model would then read.
+    prompt, lengths = 504, torch.tensor([row.completion for row in lognormal_batch(seed, 504)])
+    counted = torch.arange(int(lengths.max())) < lengths[:, None]
+    prompts = torch.arange(8).repeat_interleave(8)[:, None].expand(64, prompt).contiguous()
+    ids = torch.cat([prompts, torch.ones_like(counted, dtype=torch.long)], dim=1)
+    rows = rows_to_pack(prompts, torch.ones_like(prompts), counted)
+    packs = [build_pack(micro_batch, ids, counted) for micro_batch in plan_micro_batches(rows, 16384)]
+    read, needed = sum(len(pack.input_ids) for pack in packs), 8 * prompt + int((lengths - 1).sum())
+    assert useful_tokens(rows) == needed <= read <= 1.05 * needed
+    assert sum(len(pack.labels) for pack in packs) == lengths.sum()
+    assert read < 0.4 * ids.numel()  # a padded batch reads this much
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
@@ -122,3 +140,41 @@ def test_the_budget_follows_free_memory():
     assert tokens_that_fit(10 << 30, llama_8b(), True) == 13_312  # 0.8 * 10 GiB less 1.05 GB, by 557 KB
     assert tokens_that_fit(1 << 30, llama_8b(), True) == 1024
     assert token_budget(torch.nn.Linear(1, 1), True) == 4096  # on a CPU
+
+
+def test_the_budget_leaves_room_for_gradients_and_moments_that_are_to_come():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5, bias=False), torch.nn.Linear(5, 7))
+    model[0].requires_grad_(False)
+    assert bytes_to_come(model) == 3 * 4 * (5 * 7 + 7)
+    model[1](torch.ones(1, 5)).sum().backward()
+    assert bytes_to_come(model) == 0
+
+
+def test_attention_that_is_kept_takes_its_share_of_the_budget():
+    # Qwen3-0.6B keeps 116 KB of attention a token where it is worth it, and 8 GB hold 19K or 10K tokens.
+    config = Qwen3Config(
+        hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=128, vocab_size=151936,
+    )  # fmt: skip
+    kept = 28 * (2 * 2048 + 4 * 16)
+    assert bytes_per_token(config, 2, True) == (28 * 1024 + 39_936 + 3072) * 2
+    assert tokens_that_fit(5 * 10**9, config, True) == (4 * 10**9 - 1024 * 151936 * 8) // 143_360 // 1024 * 1024
+    assert tokens_that_fit(5 * 10**9, config, True, kept) == 10_240
+
+
+def test_what_is_kept_of_attention_is_counted_by_the_policy():
+    model = tiny_model(128)  # 2 layers, 4 heads of 16
+    assert attention_bytes(model, 1000) == 0
+    for policy, wanted in {"attention": 2 * (2 * 64 + 4 * 4), "offload": 0, "auto": 0}.items():  # auto: on a GPU
+        keep_activations(model, policy)
+        assert attention_bytes(model, 1000) == wanted
+
+
+def test_long_completions_stay_under_16_gb_beyond_the_cache():
+    # 8 completions of 20,480 tokens and a prompt of 504, Llama-3-8B: one a micro-batch, and what it takes fits.
+    plan = plan_micro_batches(groups(504, [20480] * 8), tokens_that_fit(60 << 30, llama_8b(), True))
+    assert [batch.tokens for batch in plan] == [20_983] * 8
+    measured_over_counted = 0.576 / 0.557  # `bytes_per_token`'s docstring
+    activations = 20_983 * bytes_per_token(llama_8b(), 2, True) * measured_over_counted
+    adapter = 4 * 41_943_040  # r=16, float32; then its gradient, AdamW's moments and a 16-bit copy
+    assert activations + 3.5 * adapter < 13e9

@@ -46,6 +46,12 @@ def test_plain_prompts_are_text(tmp_path):
         build_prompts(dataset, config, PLAIN)
 
 
+def test_prompts_may_be_all_there_is(tmp_path):
+    dataset, config = loaded([{"prompt": row["prompt"]} for row in ROWS], tmp_path, answer_column=None)
+    report = build_prompts(dataset, config, PLAIN)
+    assert report.dataset.column_names == ["prompt"] and report.dataset["prompt"][:] == [r["prompt"] for r in ROWS]
+
+
 def test_special_tokens_count_where_the_trainer_adds_them(tmp_path):
     from tokenizers.processors import TemplateProcessing
 
