@@ -1,7 +1,7 @@
 """The memory prediction against the device: `python tests/gpu/bench_fit.py`, under 2 minutes on an H100.
 
 Real steps of slothrl's trainers on random nf4 models. Prints a Markdown table; its columns "reserved less allocated"
-and "outside torch" are what `fragments` and `context` in `slothrl/fit_constants.py` stand for. The driver's figures need
+and "outside torch" are what `fragments` and `context` in `slothrl/fit_constants.py` stand for. The driver's need
 the device for this process alone, which is looked at first. `--cpu` tries the code on tiny models, without bytes.
 """
 

@@ -93,6 +93,7 @@ class Measured:
     reserved: int
     driver: int
     grad_norm: float
+    budget: int = 0  # of a packed micro-batch, in tokens
 
 
 class Scripted(Engine):
@@ -135,7 +136,8 @@ def run_case(case: Case, config: Any, device: str = "cuda", steps: int = 2) -> M
         trainer.train()
     norms = [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]
     assert len(norms) == steps and all(0 < norm < float("inf") for norm in norms), norms
-    found = _peaks(norms[-1]) if cuda else Measured(0, 0, 0, norms[-1])
+    budget = getattr(trainer, "micro_batch_tokens", 0)
+    found = _peaks(norms[-1], budget) if cuda else Measured(0, 0, 0, norms[-1], budget)
     del trainer, model
     gc.collect()
     if cuda:
@@ -143,10 +145,11 @@ def run_case(case: Case, config: Any, device: str = "cuda", steps: int = 2) -> M
     return found
 
 
-def _peaks(grad_norm: float) -> Measured:
+def _peaks(grad_norm: float, budget: int) -> Measured:
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
-    return Measured(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), total - free, grad_norm)
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return Measured(allocated, reserved, total - free, grad_norm, budget)
 
 
 def _common(case: Case, folder: str, cuda: bool, steps: int) -> dict[str, Any]:
