@@ -157,8 +157,9 @@ def fused_mlp_bytes(shape: Shape, batch: MicroBatch, width: int, quantized: bool
 def layer_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
     """What the one layer that is computed again holds at the fullest moment of its backward: the place to recalibrate.
 
-    A layer of transformers and PEFT: `layer_bytes` + `backward_bytes`; a fused one: `fused_layer_bytes` +
-    `fused_mlp_bytes`.
+    A layer of transformers and PEFT: `layer_bytes` + `backward_bytes`, within 4 % on an H100. A fused one:
+    `fused_layer_bytes` + `fused_mlp_bytes`; SFT of 8B with 2 x 2,048 tokens came within 1 % of it on an H100, a packed
+    GRPO update of 17,376 tokens took 2.9 GB more, which nothing here explains yet (2026-11-22).
     """
     if route.fused:
         mlp = fused_mlp_bytes(shape, batch, route.width, route.quantized)

@@ -152,11 +152,9 @@ def update(shape: Shape, settings: Settings, total: int) -> PhasePrediction:
 def largest_micro_batch(shape: Shape, settings: Settings, total: int) -> MicroBatch:
     """The fullest micro-batch of an update on a device of `total` bytes (`slothrl.fit_batch`).
 
-    The trainer chooses its budget before the first backward: weights and LoRA are there, gradients and the optimizer's
-    state are not.
+    What it finds free is what weights, LoRA, gradients, the optimizer's state and the context leave.
     """
-    parts = held(shape, settings)
-    free = total - sum(parts.values()) + parts[OPTIMIZER] - around(shape, settings)
+    free = total - sum(held(shape, settings).values()) - adapter_bytes(shape) - around(shape, settings)
     if settings.uses_vllm and not (settings.sleep and settings.cuda):
         free -= cache(shape, settings, total)
     return micro_batch(shape, settings, max(free, 0))

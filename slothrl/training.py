@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from slothrl.faults import explained
+from slothrl.faults import OutOfMemoryFault, divisible_tokens, explained
 from slothrl.interrupts import Interrupts
 from slothrl.memory_phases import phase_table
 from slothrl.prepare import Prepared
@@ -50,6 +50,8 @@ def train(
     except BaseException as error:
         interrupts.training = False
         fault = explained(error, trainer, prepared.engine.name, f"go on with: {command}")
+        if isinstance(fault, OutOfMemoryFault):
+            fault.packed = divisible_tokens(trainer)
         if fault is None:
             if _saved(output_dir) and isinstance(error, Exception):
                 print(f"go on with: {command}", file=sys.stderr)

@@ -70,6 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--only", default="", help="cases whose row contains this")
+    parser.add_argument("--without", default="nothing", help="cases whose row does not contain this")
     parser.add_argument("--beside-others", action="store_true", help="run on a device in use, without driver columns")
     arguments = parser.parse_args()
     cpu, start = arguments.cpu, time.time()
@@ -85,7 +86,8 @@ def main() -> None:
     print(" | driver: predicted | measured | off | reserved less allocated | outside torch | gradient norm |")
     print("|---" * 13 + "|", flush=True)
     off = []
-    for case in (case for case in CASES if arguments.only in case.describe()):
+    chosen = (case for case in CASES if arguments.only in case.describe())
+    for case in (case for case in chosen if arguments.without not in case.describe()):
         with guarded(case.describe()):
             case = shrunk(case) if cpu else case
             config = config_of(case.model, **(TINY if cpu else {}))

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 
 import torch
 
+BARE_CONTEXT = 0.6e9  # bytes, about, on an H100
 NOBODY = 0.4e9  # bytes in use on a device that nobody uses, at most; a CUDA context takes more
 
 
 def used_by_others() -> int | None:
-    """Bytes in use on the first device, by nvidia-smi; None where there is none. Call it before this process has a
-    context. All users count: inside a container nvidia-smi lists no processes."""
+    """Bytes in use on the first device; None where there is none. Call it before this process has a context.
+
+    By nvidia-smi, and all users count, since inside a container it lists no processes. Where it is not installed, by
+    the driver's figure for a process of its own, less what a bare context takes.
+    """
     if torch.cuda.is_initialized():
         raise RuntimeError("used_by_others() belongs before the first use of CUDA")
-    if shutil.which("nvidia-smi") is None:
+    if not torch.cuda.is_available():
         return None
+    if shutil.which("nvidia-smi") is None:
+        asked = "import torch; free, total = torch.cuda.mem_get_info(); print(total - free)"
+        done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+        return max(0, int(done.stdout) - int(BARE_CONTEXT))
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     done = subprocess.run(query, capture_output=True, text=True)
     words = done.stdout.split()
@@ -27,7 +36,7 @@ def why_not_alone() -> str | None:
     """Why the driver's figures would be somebody else's too; None where this process has the device for itself."""
     used = used_by_others()
     if used is None:
-        return "nvidia-smi does not say whether somebody else uses the device"
+        return "nobody says whether somebody else uses the device"
     return f"{used / 1e6:,.0f} MB of the device are in use already" if used > NOBODY else None
 
 
