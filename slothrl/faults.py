@@ -21,11 +21,12 @@ class OutOfMemoryFault(FaultError):  # noqa: N818 - the house word for what ends
 
     Attributes:
         phase: in which it happened (`slothrl.phases`).
+        packed: tokens of the micro-batch where updates are packed and it could be smaller; 0 elsewhere.
     """
 
-    def __init__(self, message: str, phase: str):
+    def __init__(self, message: str, phase: str, packed: int = 0):
         super().__init__(message)
-        self.phase = phase
+        self.phase, self.packed = phase, packed
 
 
 class EngineFault(FaultError):  # noqa: N818
@@ -62,6 +63,12 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
 
 
+def divisible_tokens(trainer: Any) -> int:
+    """Tokens of the fullest pack of the latest update; 0 where updates are padded, or it is one completion."""
+    pack = getattr(trainer, "fullest_pack", None)
+    return pack.tokens if pack is not None and len(pack.rows) > 1 else 0
+
+
 def _memory_report(error: BaseException, trainer: Any, engine: str, phase: str) -> str:
     optimizer = trainer.optimizer
     held = measure(trainer.model, getattr(optimizer, "optimizer", optimizer))
@@ -69,8 +76,7 @@ def _memory_report(error: BaseException, trainer: Any, engine: str, phase: str) 
     lines += ["held at that moment:"]
     lines += [f"  {holding.name}: {size(holding.bytes)} ({holding.detail})" for holding in held]
     lines += ["either would help:"]
-    packed = getattr(trainer, "micro_batch_tokens", 0)
-    lines += [f"  {setting}" for setting in remedies(phase, trainer.args, engine, packed)[:2]]
+    lines += [f"  {setting}" for setting in remedies(phase, trainer.args, engine, divisible_tokens(trainer))[:2]]
     return "\n".join(lines)
 
 

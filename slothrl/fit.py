@@ -10,7 +10,7 @@ from rich.table import Table
 from slothrl.errors import ConfigError, UserError
 from slothrl.fit_config import Question, question
 from slothrl.fit_constants import card_bytes
-from slothrl.fit_memory import PhasePrediction, Settings, needed_cache, predict, starts
+from slothrl.fit_memory import PhasePrediction, Settings, largest_micro_batch, needed_cache, predict, starts
 from slothrl.fit_search import largest_batch, longest_context, smaller
 from slothrl.plan import size
 
@@ -100,9 +100,15 @@ def described(asked: Question) -> str:
     kind = f"{settings.trainer}, {'not quantised' if settings.quantization == 'none' else settings.quantization}"
     length = f"{settings.prompt:,} + {settings.completion:,}" if settings.generates else f"{settings.completion:,}"
     checkpointing = "" if settings.checkpointing else ", no gradient checkpointing"
+    if settings.packs:
+        tokens = largest_micro_batch(asked.shape, settings, asked.total).tokens
+        batch = f"{settings.completions} x ({length}) tokens in packs of at most {tokens:,}"
+    else:
+        batch = f"micro-batch {settings.rows} x ({length}) tokens"
+    fused = ", fused layers" if settings.fused else ""
     return (
         f"{asked.title}, {asked.shape.parameters / 1e9:.2f}B, {kind}, LoRA r={asked.shape.rank},"
-        f" micro-batch {settings.rows} x ({length}) tokens{checkpointing}"
+        f" {batch}{checkpointing}{fused}"
     )
 
 
@@ -132,7 +138,7 @@ def cards_table(asked: Question) -> Table:
         total = card_bytes(gigabytes)
         cells = []
         for settings in found.values():
-            longest = longest_context(asked.shape, replace(settings, rows=1), total)
+            longest = longest_context(asked.shape, settings, total)
             cells.append(f"{longest:,} / {largest_batch(asked.shape, settings, total):,}" if longest else "-")
         table.add_row(f"{gigabytes} GB", *cells)
     return table

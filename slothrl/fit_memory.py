@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slothrl.fit_activations import MicroBatch, Route, activation_peak, layer_peak
+from slothrl.fit_batch import micro_batch
 from slothrl.fit_constants import GIB, constant
 from slothrl.fit_shape import Shape
 from slothrl.fit_terms import (
-    MicroBatch,
-    activation_peak,
     adapter_bytes,
     allowed_rank,
     base_bytes,
@@ -34,9 +34,16 @@ class Settings:
         engine: "vllm" or "transformers".
         quantization: "nf4", "int8" or "none".
         width: bytes of a value in the computation.
-        rows: sequences in a micro-batch (per_device_train_batch_size).
+        rows: sequences in a padded micro-batch (per_device_train_batch_size).
+        packed: GRPO's updates are packed; the next four say how.
+        completions: of an optimizer step, all of which are packed together.
+        group: completions of a prompt.
+        tokens: of a packed micro-batch at most; 0: as many as the trainer takes for the memory it finds free.
+        shared_prefix: as in `slothrl.packing`.
         prompt, completion: tokens at most; for SFT `completion` is the whole sequence and `prompt` 0.
         sequences: completions generated side by side.
+        fused: the trainer's layers are fused (`model.fuse`).
+        offload: the inputs of checkpointed layers wait in the host's memory (`model.activations`).
         shared: vLLM and the trainer hold one base.
         sleep: vLLM's cache is not there while the trainer works.
         utilization: the share of the device that vLLM takes where `cache` is None.
@@ -50,10 +57,17 @@ class Settings:
     quantization: str = "nf4"
     width: int = 2
     rows: int = 8
+    packed: bool = True
+    completions: int = 64
+    group: int = 8
+    tokens: int = 0
+    shared_prefix: str = "auto"
     prompt: int = 512
     completion: int = 512
     sequences: int = 64
     checkpointing: bool = True
+    fused: bool = False
+    offload: bool = False
     optimizer: str = "adamw_torch_fused"
     shared: bool = True
     sleep: bool = True
@@ -74,11 +88,14 @@ class Settings:
     def uses_vllm(self) -> bool:
         return self.generates and self.engine == "vllm"
 
-    def micro_batch(self) -> MicroBatch:
-        # A single row of SFT has nothing to be padded to.
-        masked = self.trainer == "grpo" or self.rows > 1
-        kept = self.completion if self.trainer == "grpo" else self.length
-        return MicroBatch.padded(self.rows, self.length, kept, masked)
+    @property
+    def packs(self) -> bool:
+        return self.generates and self.packed
+
+    @property
+    def route(self) -> Route:
+        quantized = self.quantization != "none"
+        return Route(self.trainer, self.width, quantized, self.checkpointing, self.fused, self.offload)
 
 
 @dataclass(frozen=True)
@@ -119,23 +136,37 @@ def around(shape: Shape, settings: Settings) -> int:
 
 
 def update(shape: Shape, settings: Settings, total: int) -> PhasePrediction:
-    """The trainer's part of a step: forward and backward of one micro-batch over everything that stays."""
+    """The trainer's part of a step: forward and backward of its fullest micro-batch over everything that stays."""
     parts = held(shape, settings)
     parts[GRADIENTS] = adapter_bytes(shape)
     if settings.uses_vllm and not (settings.sleep and settings.cuda):
         parts[CACHE] = cache(shape, settings, total)
-    parts[TEMPORARY] = activations(shape, settings)
+    batch = largest_micro_batch(shape, settings, total)
+    parts[TEMPORARY] = activation_peak(shape, batch, settings.route)
     parts[REST] = around(shape, settings)
-    if settings.cuda:  # of what torch allocates: vLLM's cache comes from elsewhere
-        parts[REST] += int(constant("fragmentation") * allocated(parts))
+    if settings.cuda:
+        parts[REST] += fragments(shape, batch, settings)
     return PhasePrediction("update", parts)
 
 
-def activations(shape: Shape, settings: Settings) -> int:
-    quantized = settings.quantization != "none"
-    return activation_peak(
-        shape, settings.micro_batch(), settings.width, quantized, settings.checkpointing, settings.trainer
-    )
+def largest_micro_batch(shape: Shape, settings: Settings, total: int) -> MicroBatch:
+    """The fullest micro-batch of an update on a device of `total` bytes (`slothrl.fit_batch`).
+
+    What it finds free is what weights, LoRA, gradients, the optimizer's state and the context leave.
+    """
+    free = total - sum(held(shape, settings).values()) - adapter_bytes(shape) - around(shape, settings)
+    if settings.uses_vllm and not (settings.sleep and settings.cuda):
+        free -= cache(shape, settings, total)
+    return micro_batch(shape, settings, max(free, 0))
+
+
+def fragments(shape: Shape, batch: MicroBatch, settings: Settings) -> int:
+    """What torch's allocator keeps reserved beside the most it allocated: blocks that fit nothing that is asked for.
+
+    `fragments_least`, and `fragments` of what one layer holds in its backward: what comes and goes once a layer leaves
+    holes; what stays (weights, kept inputs) leaves none. Both constants are fitted to twelve updates.
+    """
+    return int(constant("fragments_least") + constant("fragments") * layer_peak(shape, batch, settings.route))
 
 
 def allocated(parts: dict[str, int]) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from slothrl.fit_memory import Settings, fits
+from slothrl.fit_batch import NO_LIMIT
+from slothrl.fit_memory import Settings, fits, largest_micro_batch
 from slothrl.fit_shape import Shape
 
-LONGEST, LARGEST = 1 << 22, 1 << 14  # where the searches end
+LONGEST, MOST_ROWS = 1 << 22, 1 << 12  # where the searches end
 
 
 def largest(holds: Callable[[int], bool], limit: int) -> int:
@@ -21,10 +22,11 @@ def largest(holds: Callable[[int], bool], limit: int) -> int:
 
 
 def longest_context(shape: Shape, settings: Settings, total: int) -> int:
-    """The most tokens a sequence can have, prompt included, with the micro-batch of `settings`; 0: none fits.
+    """The most tokens a sequence can have, prompt included, alone in its micro-batch; 0: none fits.
 
     The prompt keeps its length and the completion grows; below the prompt's own length both are cut.
     """
+    settings = replace(settings, rows=1, completions=1, tokens=NO_LIMIT)
 
     def holds(length: int) -> bool:
         prompt = min(settings.prompt, length - 1)
@@ -35,7 +37,20 @@ def longest_context(shape: Shape, settings: Settings, total: int) -> int:
 
 def largest_batch(shape: Shape, settings: Settings, total: int) -> int:
     """The most sequences a micro-batch can have at the length of `settings`; 0: not one."""
-    return largest(lambda rows: fits(shape, replace(settings, rows=rows), total), LARGEST)
+    settings = replace(settings, tokens=NO_LIMIT)
+    return largest(lambda rows: fits(shape, replace(settings, rows=rows, completions=rows), total), MOST_ROWS)
+
+
+def largest_budget(shape: Shape, settings: Settings, total: int) -> int:
+    """The most tokens a packed micro-batch can have, in steps of 1,024; 0: not even those. The optimizer step is taken
+    for as large as that needs."""
+
+    def holds(parts: int) -> bool:
+        tokens = 1024 * parts
+        whole = replace(settings, tokens=tokens, completions=max(1, tokens // max(settings.completion - 1, 1)))
+        return fits(shape, whole, total)
+
+    return 1024 * largest(holds, LONGEST // 1024)
 
 
 @dataclass(frozen=True)
@@ -61,11 +76,22 @@ def smaller(shape: Shape, settings: Settings, total: int, accumulation: int = 1)
     if not settings.checkpointing and not fits(shape, found.settings, total):
         overrides = (*found.overrides, "trainer.gradient_checkpointing=true")
         found = Change(replace(found.settings, checkpointing=True), overrides)
-    for change in (found, *_micro_batches(found, accumulation)):
+    smaller_ones = _packs(shape, found, total) if settings.packs else _micro_batches(found, accumulation)
+    for change in (found, *smaller_ones):
         for shared in _shares(change):
             if fits(shape, shared.settings, total):
                 return shared
-    return _shorter(shape, (found, *_micro_batches(found, accumulation))[-1], total)
+    return _shorter(shape, (found, *smaller_ones)[-1], total)
+
+
+def _packs(shape: Shape, change: Change, total: int) -> list[Change]:
+    """The same step in packs of ever fewer tokens, down to one sequence."""
+    tokens, found = largest_micro_batch(shape, change.settings, total).tokens, []
+    while tokens > change.settings.length:
+        tokens = max(tokens // 2 // 64 * 64, change.settings.length)
+        override = f"packing.tokens_per_micro_batch={tokens}"
+        found.append(Change(replace(change.settings, tokens=tokens), (*change.overrides, override)))
+    return found
 
 
 def _micro_batches(change: Change, accumulation: int) -> list[Change]:

@@ -16,8 +16,14 @@ from slothrl.trainer_fields import trainer_fields
 OF_A_MICRO_BATCH = (FORWARD, BACKWARD, LOGPROBS)  # phases that take less memory with fewer rows at a time
 
 
-def halved(config: Any) -> list[str]:
-    """Overrides for the same steps in micro-batches of half the size; none where they cannot be halved."""
+def halved(config: Any, packed: int = 0) -> list[str]:
+    """Overrides for the same steps in micro-batches of half the size; none where they cannot be halved.
+
+    Args:
+        packed: tokens of the fullest pack where updates are packed, and TRL's rows decide nothing; 0 where padded.
+    """
+    if packed > 1:
+        return [f"packing.tokens_per_micro_batch={packed // 2}"]
     given, fields = set_fields(config.trainer), trainer_fields(config.algo.trainer)
     rows = given.get("per_device_train_batch_size", fields["per_device_train_batch_size"].default)
     if rows < 2 or rows % 2:
@@ -38,7 +44,7 @@ def smaller_run(config: Any, fault: OutOfMemoryFault, folder: Path, command: Seq
         folder: the run's, in which the second attempt goes on, from the start where there is no checkpoint yet.
         command: the first attempt's overrides.
     """
-    overrides = halved(config) if config.retry_smaller and fault.phase in OF_A_MICRO_BATCH else []
+    overrides = halved(config, fault.packed) if config.retry_smaller and fault.phase in OF_A_MICRO_BATCH else []
     if not overrides:
         return []
     replaced = {"output_dir", "resume", "resume_changed", "retry_smaller", *(o.partition("=")[0] for o in overrides)}
@@ -49,7 +55,8 @@ def smaller_run(config: Any, fault: OutOfMemoryFault, folder: Path, command: Seq
 
 def start_over(arguments: Sequence[str]) -> None:
     """Become that run. A new program in this process' place: only with the old one does all of its memory go."""
-    said = " ".join(word for word in arguments if "batch_size" in word or "accumulation" in word)
+    packs = [word for word in arguments if word.startswith("packing.tokens_per_micro_batch=")]
+    said = " ".join(packs or [word for word in arguments if "batch_size" in word or "accumulation" in word])
     print(f"retry_smaller: once more with {said}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", "slothrl", *arguments])

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from slothrl.faults import explained
+from slothrl.faults import OutOfMemoryFault, divisible_tokens, explained, out_of_memory
+from slothrl.fit_remedy import predicted_remedy
 from slothrl.interrupts import Interrupts
 from slothrl.memory_phases import phase_table
 from slothrl.prepare import Prepared
@@ -49,7 +50,9 @@ def train(
         return seconds
     except BaseException as error:
         interrupts.training = False
-        fault = explained(error, trainer, prepared.engine.name, f"go on with: {command}")
+        fault = explained(error, trainer, prepared.engine.name, _advice(error, prepared, command))
+        if isinstance(fault, OutOfMemoryFault):
+            fault.packed = divisible_tokens(trainer)
         if fault is None:
             if _saved(output_dir) and isinstance(error, Exception):
                 print(f"go on with: {command}", file=sys.stderr)
@@ -57,6 +60,12 @@ def train(
         if fault is error:
             raise
         raise fault from error
+
+
+def _advice(error: BaseException, prepared: Prepared, command: str) -> str:
+    """How to go on: the command; where memory ran out, the settings that are predicted to fit before it."""
+    remedy = predicted_remedy(prepared.config, prepared.engine.name) if out_of_memory(error) else None
+    return f"{remedy}\ngo on with: {command}" if remedy else f"go on with: {command}"
 
 
 def _attach(

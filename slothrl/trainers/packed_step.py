@@ -40,6 +40,7 @@ class PackedStep(PolicyLoss):
     packing: PackingConfig
     phases: Phases
     chosen_token_budget = 0
+    fullest_pack: MicroBatch | None = None  # of the latest plan: what memory held, or did not hold
     _streaming = False  # inside training_step: the backward is ours
     _micro_step = 0  # of the optimizer step
     _done_ahead = 0  # micro-steps whose work an earlier one has done
@@ -153,6 +154,7 @@ class PackedStep(PolicyLoss):
         counted = window.counted
         rows = rows_to_pack(window.batch["prompt_ids"], window.batch["prompt_mask"], counted)
         plan = plan_micro_batches(rows, self._budget(), self.packing.shared_prefix)
+        self.fullest_pack = plan[0] if plan else None
         metrics, tokens = self._metrics[self._mode], sum(batch.tokens for batch in plan)
         metrics["packing/tokens"].append(tokens)
         metrics["packing/micro_batches"].append(len(plan))

@@ -15,8 +15,10 @@ from peft import LoraConfig
 from transformers import PrinterCallback
 from trl import GRPOConfig, SFTConfig
 
+from slothrl.config import PackingConfig
 from slothrl.engine import Engine, Rollout, Sampling, TokenIds
 from slothrl.fit_memory import Settings
+from slothrl.fuse import fuse
 from slothrl.trainers.grpo import GRPOTrainer
 from slothrl.trainers.sft import SFTTrainer
 from tests.gpu.fit_models import random_nf4
@@ -32,7 +34,14 @@ def lora() -> LoraConfig:
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: `rows` sequences a micro-batch; SFT's have no prompt and `completion` tokens."""
+    """One measurement: `rows` sequences a micro-batch; SFT's have no prompt and `completion` tokens.
+
+    Attributes:
+        rows: of TRL's micro-batch, and for GRPO the completions of a prompt (at least 2).
+        prompts: of GRPO's optimizer step, whose completions are packed together.
+        tokens: a pack's budget; 0: as the trainer chooses.
+        packed, fused: GRPO's updates are packed; the layers are fused.
+    """
 
     trainer: str
     model: str
@@ -40,23 +49,40 @@ class Case:
     prompt: int
     completion: int
     checkpointing: bool = True
+    prompts: int = 1
+    tokens: int = 0
+    packed: bool = True
+    fused: bool = False
+
+    @property
+    def group(self) -> int:
+        return max(self.rows, 2) if self.trainer == "grpo" else 1
 
     def settings(self) -> Settings:
-        """What the prediction is asked: no vLLM, whose part bench_shared_base.py measures."""
+        """What the prediction is asked: no vLLM, which bench_fit_vllm.py has."""
         return Settings(
             trainer=self.trainer,
             engine="transformers",
             rows=self.rows,
+            packed=self.packed,
+            completions=self.prompts * self.group,
+            group=self.group,
+            tokens=self.tokens,
             prompt=self.prompt,
             completion=self.completion,
-            sequences=self.rows,
+            sequences=self.prompts * self.group,
             checkpointing=self.checkpointing,
+            fused=self.fused,
         )
 
     def describe(self) -> str:
         length = f"({self.prompt:,} + {self.completion:,})" if self.prompt else f"{self.completion:,}"
-        kept = "checkpointing" if self.checkpointing else "no checkpointing"
-        return f"{self.trainer} | {self.model} | {self.rows} x {length} | {kept}"
+        kept = ["checkpointing" if self.checkpointing else "no checkpointing"]
+        kept += ["padded"] if self.trainer == "grpo" and not self.packed else []
+        kept += [f"packs of {self.tokens:,}"] if self.tokens else []
+        kept += ["fused"] if self.fused else []
+        size = f"{self.prompts} x {self.rows}" if self.prompts > 1 else f"{self.rows}"
+        return f"{self.trainer} | {self.model} | {size} x {length} | {', '.join(kept)}"
 
 
 @dataclass(frozen=True)
@@ -67,6 +93,7 @@ class Measured:
     reserved: int
     driver: int
     grad_norm: float
+    budget: int = 0  # of a packed micro-batch, in tokens
 
 
 class Scripted(Engine):
@@ -100,13 +127,17 @@ def run_case(case: Case, config: Any, device: str = "cuda", steps: int = 2) -> M
         torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
         trainer = (_grpo if case.trainer == "grpo" else _sft)(case, model, folder, cuda, steps)
+        if case.fused:
+            report = fuse(trainer.model)
+            assert report.fused, report.rows()
         trainer.remove_callback(PrinterCallback)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
     norms = [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]
     assert len(norms) == steps and all(0 < norm < float("inf") for norm in norms), norms
-    found = _peaks(norms[-1]) if cuda else Measured(0, 0, 0, norms[-1])
+    budget = getattr(trainer, "micro_batch_tokens", 0)
+    found = _peaks(norms[-1], budget) if cuda else Measured(0, 0, 0, norms[-1], budget)
     del trainer, model
     gc.collect()
     if cuda:
@@ -114,10 +145,11 @@ def run_case(case: Case, config: Any, device: str = "cuda", steps: int = 2) -> M
     return found
 
 
-def _peaks(grad_norm: float) -> Measured:
+def _peaks(grad_norm: float, budget: int) -> Measured:
     torch.cuda.synchronize()
     free, total = torch.cuda.mem_get_info()
-    return Measured(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), total - free, grad_norm)
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return Measured(allocated, reserved, total - free, grad_norm, budget)
 
 
 def _common(case: Case, folder: str, cuda: bool, steps: int) -> dict[str, Any]:
@@ -138,16 +170,16 @@ def _common(case: Case, folder: str, cuda: bool, steps: int) -> dict[str, Any]:
 
 
 def _grpo(case: Case, model: Any, folder: str, cuda: bool, steps: int) -> GRPOTrainer:
-    group = max(case.rows, 2)
     args = GRPOConfig(
         **_common(case, folder, cuda, steps),
-        num_generations=group,
-        gradient_accumulation_steps=group // case.rows,
+        num_generations=case.group,
+        gradient_accumulation_steps=case.prompts * case.group // case.rows,
         max_completion_length=case.completion,
         beta=0.0,
     )
     tokenizer = tiny_tokenizer(chat_template=False)  # one token a letter
-    rows = Dataset.from_list([{"prompt": (LETTERS * case.prompt)[: case.prompt]} for _ in range(8)])
+    texts = ((LETTERS * case.prompt)[number : number + case.prompt] for number in range(8))
+    rows = Dataset.from_list([{"prompt": text} for text in texts])
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=lambda completions, **_: [float(index) for index in range(len(completions))],
@@ -155,6 +187,7 @@ def _grpo(case: Case, model: Any, folder: str, cuda: bool, steps: int) -> GRPOTr
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=lora(),
+        packing=PackingConfig(mode="on" if case.packed else "off", tokens_per_micro_batch=case.tokens),
     )
     trainer.attach(Scripted())
     return trainer

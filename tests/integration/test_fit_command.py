@@ -14,6 +14,8 @@ pytestmark = [
 ]
 REWARD = "def letters(completions, **_):\n    return [len(set(str(text))) / 10 for text in completions]\n"
 
+LARGE = ["gpu=8gb", "packing=off", "trainer.max_completion_length=3900", "trainer.per_device_train_batch_size=512"]
+
 
 @pytest.fixture
 def arguments(tmp_path, tiny_folders, monkeypatch) -> list[str]:
@@ -36,20 +38,28 @@ def test_fit(arguments, capsys):
     shown = capsys.readouterr().out
     for piece in ("rollout", "update", "KV cache", "optimizer", "in use", "8,461", "GRPO, two copies", "80 GB"):
         assert piece in shown
-    assert "grpo, nf4, LoRA r=16, micro-batch 8 x (100 + 8) tokens" in shown
+    assert "grpo, nf4, LoRA r=16, 64 x (100 + 8) tokens in packs of at most 1,248" in shown  # 8 (100 + 8 x 7)
     assert main(["fit", *arguments, "algo=sft"]) == 0  # without a GPU here: gpu=24gb
     shown = capsys.readouterr().out
     assert "rollout" not in shown and "25,383" in shown
 
 
 def test_fit_says_what_would(arguments, capsys):
-    large = [*arguments, "gpu=8gb", "trainer.max_completion_length=3900", "trainer.per_device_train_batch_size=512"]
+    large = [*arguments, *LARGE]
     assert main(["fit", *large]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: it will not fit (predicted): the update phase takes ")
     names = [override.partition("=")[0] for override in remedy(error)]
     assert names == ["trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps"]
     assert main(["fit", *large, *remedy(error)]) == 0
+
+
+def test_fit_says_which_packs_would(arguments, capsys):
+    large = [*arguments, *LARGE, "packing=on", "packing.tokens_per_micro_batch=8000000"]
+    assert main(["fit", *large]) == 2
+    (override,) = remedy(capsys.readouterr().err)
+    assert override.startswith("packing.tokens_per_micro_batch=")
+    assert main(["fit", *large, override]) == 0
 
 
 def test_fit_refuses(arguments, capsys):
@@ -74,7 +84,7 @@ def test_dry_run(gpu, arguments, capsys):
 
 
 def test_dry_run_of_what_will_not_fit(arguments, capsys):
-    large = [*arguments, "gpu=8gb", "trainer.max_completion_length=3900", "trainer.per_device_train_batch_size=512"]
+    large = [*arguments, *LARGE]
     assert main(["train", *large, "--dry-run"]) == 2
     shown = capsys.readouterr()
     assert "slothrl: grpo (dry run)" in shown.out

@@ -4,8 +4,12 @@ import pytest
 
 from slothrl import fit_config
 from slothrl.compose import compose_config
+from slothrl.fit_batch import micro_batch
 from slothrl.fit_config import device_bytes, settings_of
 from slothrl.fit_memory import Settings
+from slothrl.fit_shape import Shape
+
+SHAPE = Shape(2, 64, 128, 4, 2, 16, 100, matrices=((64, 64),), embedding=6400, head=0, rest=0)
 
 
 def settings(*overrides: str) -> Settings:
@@ -23,6 +27,15 @@ def test_presets_and_overrides():
     assert settings("trainer.optim=adamw_8bit").optimizer == "adamw_8bit"
 
 
+def test_packs_and_layers():
+    found = settings("packing.tokens_per_micro_batch=3000", "packing.shared_prefix=never", "model.fuse=on")
+    assert (found.packs, found.tokens, found.shared_prefix) == (True, 3000, "never")
+    assert (found.completions, found.group, found.fused, found.offload) == (64, 8, True, False)
+    assert not settings("packing=off").packs and not settings("algo=sft").packs
+    assert settings("model.fuse=auto", "model.activations=offload").offload
+    assert settings("model.fuse=auto").fused and not settings().fused
+
+
 def test_two_bases():
     assert not settings("rollout.share_base=never").shared
     assert not settings("rollout.dtype=float16").shared
@@ -33,7 +46,8 @@ def test_sft():
     found = settings("algo=sft", "trainer.max_length=2048")
     assert (found.prompt, found.completion, found.generates, found.uses_vllm) == (0, 2048, False, False)
     assert settings("algo=sft", "trainer.max_length=null").completion == 4096  # the model's context
-    batch = settings("algo=sft", "trainer.per_device_train_batch_size=1", "trainer.max_length=64").micro_batch()
+    one = settings("algo=sft", "trainer.per_device_train_batch_size=1", "trainer.max_length=64")
+    batch = micro_batch(SHAPE, one, free=0)
     assert (batch.tokens, batch.kept, batch.mask_cells) == (64, 64, 0)
 
 

@@ -16,6 +16,8 @@ def test_what_a_smaller_run_is():
     ending = ["output_dir=/there", "resume=auto", "resume_changed=true", "retry_smaller=false"]
     assert again == ["algo=grpo", *sizes, *ending]
     assert smaller_run(config, OutOfMemoryFault("no memory", "rollout"), Path("/there"), command) == []
+    packed = smaller_run(config, OutOfMemoryFault("no memory", "backward", packed=5001), Path("/there"), command)
+    assert packed == [*command[:1], command[3], "packing.tokens_per_micro_batch=2500", *ending]
     config.trainer.steps_per_generation = 3
     assert halved(config)[-1] == "trainer.steps_per_generation=6"
     config.trainer.per_device_train_batch_size = 7

@@ -1,0 +1,65 @@
+"""The largest micro-batch of an update: padded rows, or the fullest of the packs that the planner itself would make."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+from slothrl.fit_activations import MicroBatch
+from slothrl.fit_shape import Shape
+from slothrl.packing import Row, plan_micro_batches
+from slothrl.token_budget import CPU_TOKENS, tokens_that_fit
+
+if TYPE_CHECKING:
+    from slothrl.fit_memory import Settings
+
+NO_LIMIT = 1 << 40  # tokens: everything in one micro-batch
+
+
+def micro_batch(shape: Shape, settings: Settings, free: int) -> MicroBatch:
+    """What the fullest forward and backward of an optimizer step goes over.
+
+    Padded: `rows` sequences of full length under a mask. Packed: completions of full length through
+    `slothrl.packing.plan_micro_batches`, prompts shared as there, by `budget` tokens: no padding and no mask, and the
+    rows of TRL's micro-batches do not matter.
+
+    Args:
+        free: bytes that the trainer finds free when it chooses its budget.
+    """
+    if not settings.packs:
+        # A single row of SFT has nothing to be padded to.
+        masked = settings.generates or settings.rows > 1
+        kept = settings.completion if settings.generates else settings.length
+        return MicroBatch.padded(settings.rows, settings.length, kept, masked)
+    limit = budget(shape, settings, free)
+    return _fullest_pack(
+        settings.completions, settings.group, settings.prompt, settings.completion, limit, settings.shared_prefix
+    )
+
+
+@lru_cache(maxsize=4096)  # searches over cards ask for the same ones
+def _fullest_pack(
+    completions: int, group: int, prompt: int, completion: int, limit: int, shared_prefix: str
+) -> MicroBatch:
+    rows = [Row(index, index // group, max(prompt, 1), max(completion, 1)) for index in range(completions)]
+    fullest = plan_micro_batches(rows, limit, shared_prefix)[0]
+    return MicroBatch(fullest.tokens, sum(row.completion for row in fullest.rows), mask_cells=0)
+
+
+def budget(shape: Shape, settings: Settings, free: int) -> int:
+    """Tokens a packed micro-batch may have: as asked for, or as `slothrl.token_budget` chooses with `free` bytes."""
+    if settings.tokens:
+        return settings.tokens
+    if not settings.cuda:
+        return CPU_TOKENS
+    config = SimpleNamespace(
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.mlp,
+        vocab_size=shape.vocabulary,
+    )
+    return tokens_that_fit(free, config, settings.checkpointing)
