@@ -15,7 +15,7 @@ set -u
 out=$1
 shift
 mkdir -p "$out"
-export PYTHONPATH=.:kernels:rewards
+export PYTHONPATH=".:kernels:rewards${PYTHONPATH:+:$PYTHONPATH}"
 run() {
     number=$1 name=$2
     shift 2
