@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slothrl_kernels.glu import glu_backward, glu_forward
-from slothrl_kernels.layer_attention import Attended, attend, attend_backward, norm_into, project_qkv
+from slothrl_kernels.layer_attention import Attended, attend, attend_backward
 from slothrl_kernels.layer_parts import LayerParts, Norm
+from slothrl_kernels.lora_flat import AdapterGradients, Adapters, adapter_values
 from slothrl_kernels.lora_group import LoraGroup, LoraOnto
-from slothrl_kernels.rms_norm_math import rms_norm_backward
+from slothrl_kernels.lora_math import Projection
+from slothrl_kernels.rms_norm_math import rms_norm_backward, rms_norm_forward
 
-HOLD = 4  # unpacked weights stay between recomputation and gradient where tokens are this many times the input's width
+HOLD = 4  # how many times a layer's width its tokens must be
 
 
 def decoder_layer(x: Tensor, parts: LayerParts, save: bool = True) -> Tensor:
@@ -47,9 +49,18 @@ def decoder_layer(x: Tensor, parts: LayerParts, save: bool = True) -> Tensor:
 class _Kept(NamedTuple):
     """What a forward left for its backward beside x; None: to be computed again. u (M, h), inner (M, 2 F)."""
 
+    adapters: list[Adapters] | None = None
     attended: Attended | None = None
     u: Tensor | None = None
     inner: Tensor | None = None
+
+
+class _Normed(NamedTuple):
+    """A norm's result and the projections of it: both [norm(x) | its x A'^T] (M, h + R), r (M,)."""
+
+    group: LoraGroup
+    both: Tensor
+    r: Tensor
 
 
 class _DecoderLayer(torch.autograd.Function):
@@ -59,113 +70,108 @@ class _DecoderLayer(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, parts: LayerParts, save: bool, *adapters: Tensor | None) -> Tensor:
         flat, follows = x.reshape(-1, x.size(-1)), any(ctx.needs_input_grad)
         keep = parts.keep if follows else "input"
-        qkv = project_qkv(flat, parts, hold=False)[3]
-        attended = attend(qkv, x.shape, parts, watched=keep != "input")
-        del qkv
-        u, _ = LoraOnto(parts.o, flat, parts.impl).forward(attended.rows, flat)
+        values = adapter_values(parts.groups, flat)
+        normed = _normed(flat, parts.first, parts.qkv, values[0], parts)
+        attended = attend(normed.group.forward(normed.both), x.shape, parts, watched=keep != "input")
+        u, _ = LoraOnto(parts.o, values[1], flat, parts.impl).forward(attended.rows, flat)
         attended = attended if keep != "input" else None
-        *_, inner = _project_inner(u, parts, hold=False)
+        normed = _normed(u, parts.second, parts.inner, values[2], parts)
+        inner = normed.group.forward(normed.both)
+        del normed
         gate, up = inner.chunk(2, 1)
         h = glu_forward(gate, up, parts.activation, parts.impl)
-        kept = _Kept(attended, u, inner) if keep == "all" else _Kept(attended)
-        del inner, gate, up
-        y, _ = LoraOnto(parts.down, flat, parts.impl).forward(h, u)
         if follows:
-            ctx.parts, ctx.kept = parts, kept
-            ctx.versions = _versions(adapters)
+            ctx.kept = _Kept(values if _holds(flat) else None, attended, *((u, inner) if keep == "all" else ()))
+            ctx.parts, ctx.versions, ctx.held = parts, _versions(adapters), None if save else x
             ctx.save_for_backward(x if save else None)
-            ctx.held = None if save else x
-        return y.view(x.shape)
+        del inner, gate, up, attended
+        return LoraOnto(parts.down, values[3], flat, parts.impl).forward(h, u)[0].view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *to_y: Tensor) -> tuple:
         x = ctx.saved_tensors[0] if ctx.held is None else ctx.held
         kept, ctx.kept = ctx.kept, _Kept()  # attention's own graph serves once
-        flat = x.reshape(-1, x.size(-1))
         if _versions(ctx.parts.adapters()) != ctx.versions:
             raise RuntimeError("an adapter was written to between the forward and its backward")
         with torch.autocast(x.device.type, enabled=False):
-            to_x, found = _backward(flat, to_y[0].reshape(flat.shape), x.shape, ctx.parts, kept)
+            to_x, found = _backward(x, to_y[0].reshape(-1, x.size(-1)), ctx.parts, kept)
         return to_x.view(x.shape), None, None, *found
 
 
-def _versions(adapters: Sequence[Tensor | None]) -> list[int]:
-    return [t._version for t in adapters if t is not None]
-
-
-def _backward(
-    x: Tensor, to_y: Tensor, shape: torch.Size, parts: LayerParts, kept: _Kept
-) -> tuple[Tensor, list[Tensor | None]]:
-    """dx (M, h) and the adapters' gradients, from x (M, h), dy (M, h) and what was kept."""
-    onto, hold = LoraOnto(parts.o, x, parts.impl), x.size(0) >= HOLD * x.size(1)
-    group, both, r, qkv = _qkv_again(x, parts, kept, hold)
-    attended = kept.attended or attend(qkv, shape, parts, watched=True)  # pyright: ignore
-    rows = attended.rows
-    if kept.u is None:
-        u, shrunk = onto.forward(rows, x)
+def _backward(x: Tensor, to_y: Tensor, parts: LayerParts, kept: _Kept) -> tuple[Tensor, list[Tensor | None]]:
+    """dx (M, h) and the adapters' gradients, from x (B, S, h), dy (M, h) and what was kept."""
+    shape, x = x.shape, x.reshape(-1, x.size(-1))
+    values = kept.adapters or adapter_values(parts.groups, x)
+    gradients = AdapterGradients(parts.groups, x)
+    normed = _normed(x, parts.first, parts.qkv, values[0], parts)
+    if kept.attended is None:
+        attended = attend(normed.group.forward(normed.both, _holds(x)), shape, parts, watched=True)
     else:
-        u, shrunk = kept.u, onto.shrink(rows)
-    to_u, below = _mlp_backward(u, to_y, parts, onto.buffer(x.size(0)), kept.inner, hold)
-    del u, qkv
+        normed.group.shrink_into(normed.both)
+        attended = kept.attended
+    onto, rows = LoraOnto(parts.o, values[1], x, parts.impl), attended.rows
+    u, shrunk = onto.forward(rows, x) if kept.u is None else (kept.u, onto.shrink(rows))
+    to_u = onto.buffer(x.size(0))  # [du | du B]
+    _mlp_backward(u, to_y, parts, values[2:], kept.inner, to_u[:, : x.size(1)], gradients.found[2:])
+    del u
     to_rows = onto.input_gradient(to_u)
-    middle = onto.parameter_gradients(rows, shrunk, to_u)
+    onto.parameter_gradients(rows, shrunk, to_u, gradients.found[1])
     del rows, shrunk
     to_qkv = attend_backward(to_rows, attended, shape, parts)
     del to_rows, attended
-    to_n, to_xa = group.input_gradient(to_qkv)
-    above = group.parameter_gradients(both, to_xa, to_qkv)
-    del both, to_qkv
-    to_x = _norm_backward(to_n, to_u[:, : x.size(1)], x, r, parts.first, parts)
-    return to_x, [*above, *middle, *below]
-
-
-def _qkv_again(
-    x: Tensor, parts: LayerParts, kept: _Kept, hold: bool
-) -> tuple[LoraGroup, Tensor, Tensor, Tensor | None]:
-    """`project_qkv`, without its GEMM where attention was kept."""
-    if kept.attended is None:
-        return project_qkv(x, parts, hold)
-    group = LoraGroup(parts.qkv, x, parts.impl)
-    both = group.buffer(x.size(0))
-    r = norm_into(both[:, : x.size(1)], x, parts.first, parts)
-    group.shrink_into(both)
-    return group, both, r, None
-
-
-def _project_inner(u: Tensor, parts: LayerParts, hold: bool) -> tuple[LoraGroup, Tensor, Tensor, Tensor]:
-    """As `project_qkv`, of gate and up, beside each other (M, 2 F)."""
-    group = LoraGroup(parts.inner, u, parts.impl)
-    both = group.buffer(u.size(0))
-    r = norm_into(both[:, : u.size(1)], u, parts.second, parts)
-    return group, both, r, group.forward(both, hold)
+    to_n, to_xa = normed.group.input_gradient(to_qkv)
+    normed.group.parameter_gradients(normed.both, to_xa, to_qkv, gradients.found[0])
+    del to_qkv
+    to_x = _norm_backward(to_n, to_u[:, : x.size(1)], x, normed.r, parts.first, parts)
+    return to_x, gradients.finish()
 
 
 def _mlp_backward(
-    u: Tensor, to_y: Tensor, parts: LayerParts, out: Tensor, inner: Tensor | None, hold: bool
-) -> tuple[Tensor, list[Tensor | None]]:
-    """`out` with du in its left columns (M, h), and the adapters' gradients of gate, up and down."""
+    u: Tensor,
+    to_y: Tensor,
+    parts: LayerParts,
+    values: list[Adapters],
+    inner: Tensor | None,
+    out: Tensor,
+    gradients: list[Adapters],
+) -> None:
+    """du (M, h) into `out`, and the gradients of the adapters of gate, up and down into theirs."""
+    normed = _normed(u, parts.second, parts.inner, values[0], parts)
     if inner is None:
-        group, both, r, inner = _project_inner(u, parts, hold)
+        inner = normed.group.forward(normed.both, _holds(u))
     else:
-        group = LoraGroup(parts.inner, u, parts.impl)
-        both = group.buffer(u.size(0))
-        r = norm_into(both[:, : u.size(1)], u, parts.second, parts)
-        group.shrink_into(both)
-    down = LoraOnto(parts.down, u, parts.impl)
+        normed.group.shrink_into(normed.both)
+    down = LoraOnto(parts.down, values[1], u, parts.impl)
     upstream = down.buffer(u.size(0))
     upstream[:, : u.size(1)] = to_y
     to_h = down.input_gradient(upstream)
     # One pass gives h, dgate and dup, over the memory of dh, gate and up where a kernel runs.
     h, to_inner = _glu_backward(inner, to_h, parts)
     del inner, to_h
-    below = down.parameter_gradients(h, down.shrink(h), upstream)
+    down.parameter_gradients(h, down.shrink(h), upstream, gradients[1])
     del h, upstream
-    to_n, to_xa = group.input_gradient(to_inner)
-    above = group.parameter_gradients(both, to_xa, to_inner)
-    del both, to_inner
-    _norm_backward(to_n, to_y, u, r, parts.second, parts, out[:, : u.size(1)])
-    return out, [*above, *below]
+    to_n, to_xa = normed.group.input_gradient(to_inner)
+    normed.group.parameter_gradients(normed.both, to_xa, to_inner, gradients[0])
+    del to_inner
+    _norm_backward(to_n, to_y, u, normed.r, parts.second, parts, out)
+
+
+def _normed(x: Tensor, norm: Norm, group: Sequence[Projection], adapters: Adapters, parts: LayerParts) -> _Normed:
+    """The norm of x (M, h) in a buffer that its projections can work in."""
+    projections = LoraGroup(group, adapters, x, parts.impl)
+    both = projections.buffer(x.size(0))
+    options = (norm.weight, norm.eps, norm.shift, norm.cast_first)
+    return _Normed(projections, both, rms_norm_forward(x, None, *options, parts.impl, both[:, : x.size(1)])[2])
+
+
+def _holds(x: Tensor) -> bool:
+    """Whether unpacked weights and adapters are little beside the activations of x (M, h), and stay until needed."""
+    return x.size(0) >= HOLD * x.size(1)
+
+
+def _versions(adapters: Sequence[Tensor | None]) -> list[int]:
+    return [t._version for t in adapters if t is not None]
 
 
 def _glu_backward(inner: Tensor, to_h: Tensor, parts: LayerParts) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from slothrl_kernels.layer_parts import LayerParts, Norm
-from slothrl_kernels.lora_group import LoraGroup
 from slothrl_kernels.rms_norm_math import rms_norm_backward, rms_norm_forward
 from slothrl_kernels.rope import rope_turn
 
@@ -79,19 +78,6 @@ def attend_backward(to_out: Tensor, attended: Attended, shape: torch.Size, parts
     norms = zip((to_q, to_k), (q, k), attended.scales, (parts.norm_q, parts.norm_k), strict=True)
     to_q, to_k = (_normed_backward(to, x, r, norm, parts) for to, x, r, norm in norms if norm is not None)
     return torch.cat([_rows(x) for x in (to_q, to_k, to_v)], 1)
-
-
-def project_qkv(x: Tensor, parts: LayerParts, hold: bool) -> tuple[LoraGroup, Tensor, Tensor, Tensor]:
-    """(q, k, v's projections, [norm(x) | its x A'^T] (M, h + R), the norm's r, qkv (M, N)) of x (M, h)."""
-    group = LoraGroup(parts.qkv, x, parts.impl)
-    both = group.buffer(x.size(0))
-    r = norm_into(both[:, : x.size(1)], x, parts.first, parts)
-    return group, both, r, group.forward(both, hold)
-
-
-def norm_into(out: Tensor, x: Tensor, norm: Norm, parts: LayerParts) -> Tensor:
-    """RMSNorm of x (M, h) into `out`; r (M,)."""
-    return rms_norm_forward(x, None, norm.weight, norm.eps, norm.shift, norm.cast_first, parts.impl, out)[2]
 
 
 def _heads(qkv: Tensor, shape: torch.Size, parts: LayerParts) -> list[Tensor]:

@@ -59,6 +59,11 @@ class LayerParts(NamedTuple):
     impl: Impl
 
     @property
+    def groups(self) -> list[tuple[Projection, ...]]:
+        """Projections that share an input: q, k and v; o; gate and up; down."""
+        return [self.qkv, (self.o,), self.inner, (self.down,)]
+
+    @property
     def projections(self) -> tuple[Projection, ...]:
         return (*self.qkv, self.o, *self.inner, self.down)
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from slothrl_kernels.base_weight import dense
-from slothrl_kernels.lora_math import Projection, stacked_a
+from slothrl_kernels.lora_flat import Adapters, gradient_of_a, spans_of
+from slothrl_kernels.lora_math import Projection
 from slothrl_kernels.switch import Impl
 
 
@@ -28,17 +29,18 @@ class LoraGroup:
 
     Args:
         projections: of K inputs each; weights dense or packed.
+        adapters: A' and B of them, in the computation's dtype.
         like: any tensor of the computation's dtype and device.
         impl: of the nf4 kernels.
     """
 
-    def __init__(self, projections: Sequence[Projection], like: Tensor, impl: Impl) -> None:
+    def __init__(self, projections: Sequence[Projection], adapters: Adapters, like: Tensor, impl: Impl) -> None:
         self.projections, self.like = projections, like
         self.impl: Impl = impl
         self.inputs = projections[0].weight.shape[1]
         self.rows = _slices(p.weight.shape[0] for p in projections)
-        self.spans = _slices(p.rank for p in projections)
-        self.a = stacked_a(projections, like)  # A' (R, K) or None
+        self.spans = spans_of(projections)
+        self.a, self.b = adapters
         self.rank = 0 if self.a is None else self.a.size(0)
         self._whole: Tensor | None = None
 
@@ -78,18 +80,17 @@ class LoraGroup:
         if self.a is None:
             return wide, None
         to_xa = wide[:, self.inputs :]
-        return torch.addmm(wide[:, : self.inputs], to_xa, self.a), to_xa
+        return wide[:, : self.inputs].addmm_(to_xa, self.a), to_xa
 
-    def parameter_gradients(self, both: Tensor, to_xa: Tensor | None, to_y: Tensor) -> list[Tensor | None]:
-        """dA_1, dB_1, dA_2, …, each in its parameter's dtype; None where there is no LoRA."""
-        if to_xa is None:
-            return [None, None] * len(self.projections)
-        to_a = gradient_of_a(self.projections, self.spans, to_xa, both[:, : self.inputs])
-        to_b = to_y.T @ both[:, self.inputs :]  # (N, R): the blocks on its diagonal
-        result: list[Tensor | None] = []
-        for p, rows, span, a in zip(self.projections, self.rows, self.spans, to_a, strict=True):
-            result += [a, None if p.b is None else to_b[rows, span].to(p.b.dtype)]
-        return result
+    def parameter_gradients(self, both: Tensor, to_xa: Tensor | None, to_y: Tensor, out: Adapters) -> None:
+        """dA and dB into `out`."""
+        if to_xa is None or out.a is None:
+            return
+        gradient_of_a(self.projections, out.a, to_xa, both[:, : self.inputs])
+        for b, rows, span in zip(out.b, self.rows, self.spans, strict=True):
+            if b is not None:
+                xa = both[:, self.inputs + span.start : self.inputs + span.stop]
+                torch.mm(to_y[:, rows].T, xa, out=b)
 
     @property
     def _packed(self) -> bool:
@@ -110,32 +111,32 @@ class LoraGroup:
         whole = self.like.new_empty(self.outputs, self.inputs + self.rank)
         if sum(p.rank for p in self.projections) < self.rank or len(self.projections) > 1:
             whole[:, self.inputs :].zero_()
-        for p, rows, span in zip(self.projections, self.rows, self.spans, strict=True):
+        for p, b, rows, span in zip(self.projections, self.b, self.rows, self.spans, strict=True):
             dense(p.weight, whole.dtype, whole[rows, : self.inputs], self.impl)
-            if p.b is not None:
-                whole[rows, self.inputs + span.start : self.inputs + span.stop] = p.b.detach()
+            if b is not None:
+                whole[rows, self.inputs + span.start : self.inputs + span.stop] = b
         return whole
 
     def _forward_dense(self, both: Tensor) -> Tensor:
         y, x = both.new_empty(both.size(0), self.outputs), both[:, : self.inputs]
-        for p, rows, span in zip(self.projections, self.rows, self.spans, strict=True):
+        for p, b, rows, span in zip(self.projections, self.b, self.rows, self.spans, strict=True):
             weight = dense(p.weight, both.dtype)
             if p.bias is None:
                 torch.mm(x, weight.T, out=y[:, rows])
             else:
                 torch.addmm(p.bias.detach().to(both.dtype), x, weight.T, out=y[:, rows])
-            if p.b is not None:
+            if b is not None:
                 xa = both[:, self.inputs + span.start : self.inputs + span.stop]
-                y[:, rows].addmm_(xa, p.b.detach().to(both.dtype).T)
+                y[:, rows].addmm_(xa, b.T)
         return y
 
     def _input_gradient_dense(self, to_y: Tensor) -> tuple[Tensor, Tensor | None]:
         to_x, to_xa = None, None if self.a is None else to_y.new_zeros(to_y.size(0), self.rank)
-        for p, rows, span in zip(self.projections, self.rows, self.spans, strict=True):
+        for p, b, rows, span in zip(self.projections, self.b, self.rows, self.spans, strict=True):
             weight = dense(p.weight, to_y.dtype)
             to_x = to_y[:, rows] @ weight if to_x is None else to_x.addmm_(to_y[:, rows], weight)
-            if p.b is not None and to_xa is not None:
-                torch.mm(to_y[:, rows], p.b.detach().to(to_y.dtype), out=to_xa[:, span])
+            if b is not None and to_xa is not None:
+                torch.mm(to_y[:, rows], b, out=to_xa[:, span])
         assert to_x is not None
         return to_x if to_xa is None or self.a is None else to_x.addmm_(to_xa, self.a), to_xa
 
@@ -143,28 +144,25 @@ class LoraGroup:
 class LoraOnto:
     """One projection, K -> N, whose result is added to a residual. Arguments as of `LoraGroup`."""
 
-    def __init__(self, projection: Projection, like: Tensor, impl: Impl) -> None:
+    def __init__(self, projection: Projection, adapters: Adapters, like: Tensor, impl: Impl) -> None:
         self.projection, self.like = projection, like
         self.impl: Impl = impl
         self.outputs, self.inputs = projection.weight.shape
-        self.rank = -(-projection.rank // 8) * 8
+        self.a, self.b = adapters.a, adapters.b[0]
+        self.rank = 0 if self.a is None else self.a.size(0)
 
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
         """residual + y (M, N), a new tensor, and x A'^T (M, R)."""
-        p, dtype = self.projection, x.dtype
-        y = torch.addmm(residual, x, dense(p.weight, dtype, impl=self.impl).T)
+        p = self.projection
+        y = torch.addmm(residual, x, dense(p.weight, x.dtype, impl=self.impl).T)
         if p.bias is not None:
             y += p.bias.detach()
-        if p.b is None:
-            return y, None
         xa = self.shrink(x)
-        assert xa is not None
-        return y.addmm_(xa[:, : p.rank], p.b.detach().to(dtype).T), xa
+        return y if xa is None or self.b is None else y.addmm_(xa[:, : p.rank], self.b.T), xa
 
     def shrink(self, x: Tensor) -> Tensor | None:
         """x A'^T (M, R)."""
-        a = stacked_a([self.projection], x)
-        return None if a is None else x @ a.T
+        return None if self.a is None else x @ self.a.T
 
     def buffer(self, tokens: int) -> Tensor:
         """Memory for [dy | dy B] (M, N + R)."""
@@ -173,42 +171,26 @@ class LoraOnto:
     def input_gradient(self, both: Tensor) -> Tensor:
         """dx (M, K) of both (M, N + R), whose right columns are written here."""
         p, outputs = self.projection, self.outputs
-        to_y, a = both[:, :outputs], stacked_a([p], both)
-        if a is not None and p.b is not None:
+        to_y = both[:, :outputs]
+        if self.b is not None:
             if p.rank < self.rank:
                 both[:, outputs + p.rank :].zero_()
-            torch.mm(to_y, p.b.detach().to(both.dtype), out=both[:, outputs : outputs + p.rank])
+            torch.mm(to_y, self.b, out=both[:, outputs : outputs + p.rank])
         if isinstance(p.weight, Tensor):
             to_x = to_y @ dense(p.weight, both.dtype)
-            return to_x if a is None else to_x.addmm_(both[:, outputs:], a)
+            return to_x if self.a is None else to_x.addmm_(both[:, outputs:], self.a)
         whole = both.new_empty(outputs + self.rank, self.inputs)  # [W ; A']
         dense(p.weight, both.dtype, whole[:outputs], self.impl)
-        if a is not None:
-            whole[outputs:] = a
+        if self.a is not None:
+            whole[outputs:] = self.a
         return both @ whole
 
-    def parameter_gradients(self, x: Tensor, xa: Tensor | None, both: Tensor) -> list[Tensor | None]:
-        """dA and dB, or None twice; `both` as `input_gradient` left it."""
-        p = self.projection
-        if p.b is None or xa is None:
-            return [None, None]
-        to_a = gradient_of_a([p], [slice(0, p.rank)], both[:, self.outputs :], x)
-        return [*to_a, (both[:, : self.outputs].T @ xa[:, : p.rank]).to(p.b.dtype)]
-
-
-def gradient_of_a(group: Sequence[Projection], spans: Sequence[slice], to_xa: Tensor, x: Tensor) -> list[Tensor | None]:
-    """dA_i = s_i (dy_i B_i)^T x, in their parameters' dtypes; parts of one tensor where they all scale alike."""
-    scales, dtypes = {p.scaling for p in group if p.a is not None}, {p.a.dtype for p in group if p.a is not None}
-    alpha = scales.pop() if len(scales) == 1 else None
-    whole = x.new_empty(to_xa.size(1), x.size(1))
-    torch.addmm(whole, to_xa.T, x, beta=0, alpha=1.0 if alpha is None else alpha, out=whole)
-    if len(dtypes) == 1:
-        whole = whole.to(dtypes.pop())
-    result: list[Tensor | None] = []
-    for p, span in zip(group, spans, strict=True):
-        part = None if p.a is None else whole[span].to(p.a.dtype)
-        result.append(part if part is None or alpha is not None else part * p.scaling)
-    return result
+    def parameter_gradients(self, x: Tensor, xa: Tensor | None, both: Tensor, out: Adapters) -> None:
+        """dA and dB into `out`; `both` as `input_gradient` left it."""
+        if out.a is None or out.b[0] is None or xa is None:
+            return
+        gradient_of_a([self.projection], out.a, both[:, self.outputs :], x)
+        torch.mm(both[:, : self.outputs].T, xa[:, : self.projection.rank], out=out.b[0])
 
 
 def _slices(sizes) -> list[slice]:
