@@ -24,8 +24,8 @@ from slothrl.fuse_trace import Trace, random_embeddings
 
 NAME = "slothrl_watched"
 UNABLE = "LoRA dropout, a LoRA variant, several dtypes, or more than adapters trained"
-# Relative to the norm of each gradient. In 16 bits two right orders of rounding were up to 0.1 apart behind a softmax of
-# random scores, and wrong layers at least 0.7; norms, RoPE, MLP and projections have been held to closer bounds alone.
+# Relative to the norm of each gradient. In 16 bits two right orders of rounding were up to 0.1 apart behind a softmax
+# of random scores, wrong layers at least 0.7; norms, RoPE, MLP and projections have been held to closer bounds alone.
 AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.3, torch.float16: 0.1}
 
 

@@ -27,7 +27,9 @@ def test_every_arm_of_a_step_trains_the_same(benchmarks):
 
     results = {}
     for arm in ("slothrl", "unfused", "peft"):
-        options = Namespace(arm=arm, shape="tiny", batch=2, length=24, steps=1, device="cpu", activations="attention")
+        options = Namespace(
+            arm=arm, shape="tiny", batch=2, length=24, steps=1, device="cpu", activations="attention", profile=False
+        )
         results[arm] = train_step.run_arm(options)
     losses, norms = ([r[key] for r in results.values()] for key in ("loss", "grad_norm"))
     assert losses == pytest.approx([losses[0]] * 3, rel=train_step.LOSS_TOLERANCE) and 6 < losses[0] < 8
