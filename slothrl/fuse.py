@@ -22,6 +22,7 @@ from slothrl.fuse_layers import LinearReader, is_linear
 from slothrl.fuse_linear import FusedGroup, FusedLinear
 from slothrl.fuse_mlp import FusedMLP, activation_of, candidates
 from slothrl.fuse_norm import find_norm, looks_like_norm
+from slothrl.fuse_qk import join_norms
 from slothrl.fuse_replace import Replacement, device_and_dtype, proven, replaced_by_others, trial
 from slothrl.fuse_report import FuseReport
 from slothrl.fuse_rope import FusedRope, rotates_alike, rotation_of
@@ -57,7 +58,8 @@ def fuse(model: nn.Module, impl: Impl = "auto", inputs: Mapping[str, Any] | None
     with trial(device, dtype):
         seen = trace(base, inputs)
         found = _Finder(base, names, seen, report, impl, device, dtype).find()
-        found += _whole_layers(base, seen, found, report, inputs, impl)
+        whole = _whole_layers(base, seen, found, report, inputs, impl)
+        found = [*join_norms(base, found, report, inputs), *whole]
         for replacement in found:
             replacement.install()
         vars(model)[_KEPT] = found

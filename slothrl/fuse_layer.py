@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from slothrl_kernels import Impl
+from slothrl_kernels import Impl, QKNorm
 from slothrl_kernels.decoder_layer import decoder_layer
 from slothrl_kernels.layer_parts import Keep, LayerParts, Norm
 from torch import Tensor, nn
@@ -113,18 +113,18 @@ class FusedLayer(Replacement):
             return None
         held = [*self.norms, *self.attention.norms]
         norms = [made for norm in held if (made := _norm(norm, x)) is not None]
-        cos, sin = kwargs.get("position_embeddings") or (None, None)
-        if len(norms) < len(held) or not self._fits(cos, sin, x):
+        tables = kwargs.get("position_embeddings") if self.attention.rotates else None
+        if len(norms) < len(held) or (self.attention.rotates and not self._fits(tables, x)):
             return None
         attention, count = self.attention, len(self.attention.linears)
-        cos, sin = (cos, sin) if attention.rotates else (None, None)
-        norm_q, norm_k = norms[2:] or (None, None)
+        over = (norms[2].weight, norms[3].weight) if attention.norms else None
+        kind = QKNorm(*attention.norms[0].numbers()) if attention.norms else QKNorm()
         given = {key: value for key, value in kwargs.items() if key not in _TAKEN}
         attend = Attend(attention.module, kwargs.get("attention_mask"), {**attention.options, **given})
         qkv, o, inner, down = projections[: count - 1], projections[count - 1], projections[count:-1], projections[-1]
         shape = (attention.heads, attention.kv_heads, attention.width)
         return LayerParts(
-            norms[0], qkv, *shape, norm_q, norm_k, cos, sin, attend, o,
+            norms[0], qkv, *shape, tables, over, kind, attend, o,
             norms[1], inner, down, self.mlp.activation, keep, self.impl,
         )  # fmt: skip
 
@@ -166,10 +166,10 @@ class FusedLayer(Replacement):
             return False
         return not any(m.p and m.training for m in self.dropouts)
 
-    def _fits(self, cos: Any, sin: Any, x: Tensor) -> bool:
-        if not self.attention.rotates:
-            return True
-        if not isinstance(cos, Tensor) or cos.dim() != 3 or cos.dtype != x.dtype or cos.shape != sin.shape:
+    def _fits(self, tables: Any, x: Tensor) -> bool:
+        """Whether cos and sin are tables as `rope` takes them, over whole heads and in x's dtype."""
+        cos = tables[0] if isinstance(tables, tuple) and len(tables) == 2 else None
+        if not isinstance(cos, Tensor) or cos.dim() != 3 or cos.dtype != x.dtype or cos.shape != tables[1].shape:
             return False
         return cos.size(0) in (1, x.size(0)) and cos.size(1) == x.size(1) and cos.size(2) == self.attention.width
 

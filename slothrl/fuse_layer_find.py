@@ -73,6 +73,7 @@ def _candidates(
     if isinstance(attention, str):
         return attention, []
     ways = [True, False] if rotation_of(rest[0]) is not None else [False]
+    ways = [True] if attention.norms else ways
     made = [replace(attention, rotates=rotates) for rotates in ways]
     return None, [FusedLayer(layer, own, attends, mlp, impl) for attends in made]
 
@@ -91,8 +92,8 @@ def _attention(module: nn.Module, seen: Trace, norms: dict, asked: dict[nn.Modul
         return "attention dropout"
     if k != v or q[3] != k[3] or any(isinstance(value, Tensor) for value in options.values()):
         return "its attention takes more than q, k and v of one width"
-    if any(norm.module.weight.shape != q[3:] for norm in inside):
-        return "norms over more than a head"
+    if any(norm.module.weight.shape != q[3:] for norm in inside) or len({norm.numbers() for norm in inside}) > 1:
+        return "norms over more than a head, or of two kinds"
     return Attention(module, linears, inside, q[1], k[1], q[3], {**options, "dropout": 0.0}, rotates=True)
 
 

@@ -21,11 +21,19 @@ class FusedNorm(Replacement):
         self.impl: Impl = impl
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        weight: Any = self.module.weight
-        # A weight of another dtype would promote the result, in the order that casts first.
-        if args or kwargs or (self.cast_first and weight.dtype != x.dtype):
+        if args or kwargs or not self.serves(x):
             return self.original(x, *args, **kwargs)
-        return rms_norm(x, weight, getattr(self.module, self.eps), self.shift, self.cast_first, self.impl)
+        weight: Any = self.module.weight
+        return rms_norm(x, weight, *self.numbers(), self.impl)
+
+    def serves(self, x: Tensor) -> bool:
+        """A weight of another dtype would promote the result, in the order that casts first."""
+        weight: Any = self.module.weight
+        return not self.cast_first or weight.dtype == x.dtype
+
+    def numbers(self) -> tuple[float, float, bool]:
+        """eps, shift, cast_first."""
+        return getattr(self.module, self.eps), self.shift, self.cast_first
 
 
 def looks_like_norm(module: nn.Module) -> bool:

@@ -25,12 +25,15 @@ class Rotate:
         self.impl: Impl = impl
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.fits(q, k, cos, *args, **kwargs):
+            return self.theirs(q, k, cos, sin, *args, **kwargs)
+        return rope(q, k, cos, sin, impl=self.impl)
+
+    def fits(self, q: Tensor, k: Tensor, cos: Tensor, *args: Any, **kwargs: Any) -> bool:
         # Other arguments than the default ones, and tables that would promote q, are the model's own affair.
         fits = not args and not kwargs and q.dim() == 4 and cos.dim() == 3 and q.dtype == k.dtype == cos.dtype
         fits = fits and (self.partial or cos.size(2) == q.size(3))
-        if not fits or cos.size(0) not in (1, q.size(0)) or cos.size(1) != q.size(2):
-            return self.theirs(q, k, cos, sin, *args, **kwargs)
-        return rope(q, k, cos, sin, impl=self.impl)
+        return fits and cos.size(0) in (1, q.size(0)) and cos.size(1) == q.size(2)
 
 
 class FusedRope(Replacement):
@@ -38,6 +41,7 @@ class FusedRope(Replacement):
 
     def __init__(self, module: nn.Module, name: str, impl: Impl) -> None:
         super().__init__(module)
+        self.name = name
         plain: Any = type(module).forward
         self.rotate = Rotate(plain.__globals__[name], impl)
         names = {**plain.__globals__, name: self.rotate}

@@ -87,7 +87,7 @@ def packed_forward(model: nn.Module, input_ids: Tensor, layout: PackedLayout, im
 def _hidden(base: Any, input_ids: Tensor, layout: PackedLayout, **options: Any) -> Tensor:
     backbone = getattr(base, base.base_model_prefix)
     rows = {"input_ids": input_ids[None], "position_ids": layout.position_ids[None]}
-    return backbone(**rows, use_cache=False, packed_layout=layout, **options).last_hidden_state[0]
+    return backbone(**rows, use_cache=False, packed_layout=layout, **options).last_hidden_state.squeeze(0)
 
 
 def supports_packing(model: nn.Module) -> str | None:
@@ -198,6 +198,7 @@ def _attention(
     if torch.is_autocast_enabled(query.device.type):  # as it does torch's own attention: RoPE may have promoted q and k
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d): how projections lay them out
+    # (T, heads, d): how projections lay them out. Not x[0], whose gradient is written into zeros, head by head.
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     out = packed_attention(q, k, v, packed_layout, scaling, sliding_window, softcap, packed_impl)
     return out[None], None

@@ -14,6 +14,14 @@ from slothrl_kernels.nf4_matmul import nf4_matmul, nf4_matmul_reference
 from slothrl_kernels.nf4_weight import NestedAbsmax, Nf4Weight
 from slothrl_kernels.packed_attention import packed_attention, packed_attention_reference
 from slothrl_kernels.packed_layout import PackedLayout
+from slothrl_kernels.qk_norm_rope import (
+    QKGradients,
+    QKNorm,
+    qk_norm_rope,
+    qk_norm_rope_backward,
+    qk_norm_rope_forward,
+    qk_norm_rope_reference,
+)
 from slothrl_kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from slothrl_kernels.rms_norm_math import rms_norm_backward, rms_norm_forward
 from slothrl_kernels.rope import rope, rope_reference, rope_turn
@@ -35,6 +43,8 @@ __all__ = [
     "Nf4Weight",
     "PackedLayout",
     "Projection",
+    "QKGradients",
+    "QKNorm",
     "add_rms_norm",
     "add_rms_norm_reference",
     "glu",
@@ -54,6 +64,10 @@ __all__ = [
     "nf4_matmul_reference",
     "packed_attention",
     "packed_attention_reference",
+    "qk_norm_rope",
+    "qk_norm_rope_backward",
+    "qk_norm_rope_forward",
+    "qk_norm_rope_reference",
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_forward",

@@ -26,8 +26,11 @@ def _attend(
     v,
     k_token,
     v_token,
-    first,
-    last,
+    parent,
+    parent_last,
+    own,
+    own_last,
+    origin,
     shift,
     window,
     inner,
@@ -41,17 +44,24 @@ def _attend(
     EVEN: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Keys first..last, at positions token + shift; whole blocks unless MASKED.
+    """Keys parent..parent_last at positions token + origin, own..own_last at token + shift; whole blocks unless MASKED.
+
+    One loop over both: filling a loop's pipeline of loads takes as long as half a block's products, and a segment of
+    1,024 tokens has not many blocks.
 
     total (BLOCK_M, WIDTH): sum of exp2(s2 - top) v; weight (BLOCK_M,): of exp2(s2 - top); top: the largest s2 so far,
     s2 = x outer.
     """
-    for start in range(first, last, BLOCK_N):
+    ahead = tl.cdiv(tl.maximum(parent_last - parent, 0), BLOCK_N)  # blocks of the parent; its window may be past it
+    for i in range(ahead + tl.cdiv(own_last - own, BLOCK_N)):
+        start = tl.where(i < ahead, parent, own - ahead * BLOCK_N) + i * BLOCK_N
+        last = tl.where(i < ahead, parent_last, own_last)
         keys = load_tile(k, start, k_token, last, head_size, BLOCK_N, WIDTH, MASKED, EVEN)
         scores = bend(dot(queries, tl.trans(keys), INTERPRETED), inner, SOFTCAP)
         if MASKED:
             tokens = start + tl.arange(0, BLOCK_N)[None, :]
-            seen = visible(query_positions[:, None], tokens + shift, window, WINDOW) & (tokens < last)
+            key_positions = tokens + tl.where(i < ahead, origin, shift)
+            seen = visible(query_positions[:, None], key_positions, window, WINDOW) & (tokens < last)
             scores = tl.where(seen, scores, float("-inf"))  # top is finite: a row that sees nothing here adds 0
         new_top = tl.maximum(top, tl.max(scores, 1) * outer)
         weights = tl.exp2(scores * outer - new_top[:, None])
@@ -118,21 +128,13 @@ def attention_forward_kernel(
         parent_masked = parent + (parent_end - parent) // BLOCK_N * BLOCK_N
         own_masked = own + (first + 1 - own) // BLOCK_N * BLOCK_N  # blocks up to the first query: seen by every row
         total, weight, top = _attend(
-            total, weight, top, queries, query_positions, k, v, k_token, v_token, start, parent_masked, -parent,
-            window, inner, outer, head_size, False, WINDOW, SOFTCAP, BLOCK_N, WIDTH, EVEN, INTERPRETED,
+            total, weight, top, queries, query_positions, k, v, k_token, v_token, start, parent_masked, own_start,
+            own_masked, -parent, shift, window, inner, outer, head_size, False, WINDOW, SOFTCAP, BLOCK_N, WIDTH, EVEN,
+            INTERPRETED,
         )  # fmt: skip
     total, weight, top = _attend(
-        total, weight, top, queries, query_positions, k, v, k_token, v_token, parent_masked, parent_end, -parent,
-        window, inner, outer, head_size, True, WINDOW, SOFTCAP, BLOCK_N, WIDTH, EVEN, INTERPRETED,
-    )  # fmt: skip
-    if not WINDOW:
-        total, weight, top = _attend(
-            total, weight, top, queries, query_positions, k, v, k_token, v_token, own_start, own_masked, shift,
-            window, inner, outer, head_size, False, WINDOW, SOFTCAP, BLOCK_N, WIDTH, EVEN, INTERPRETED,
-        )  # fmt: skip
-    total, weight, top = _attend(
-        total, weight, top, queries, query_positions, k, v, k_token, v_token, own_masked, last, shift,
-        window, inner, outer, head_size, True, WINDOW, SOFTCAP, BLOCK_N, WIDTH, EVEN, INTERPRETED,
+        total, weight, top, queries, query_positions, k, v, k_token, v_token, parent_masked, parent_end, own_masked,
+        last, -parent, shift, window, inner, outer, head_size, True, WINDOW, SOFTCAP, BLOCK_N, WIDTH, EVEN, INTERPRETED,
     )  # fmt: skip
     store_tile(out, total / weight[:, None], first, out_token, end, head_size, BLOCK_M, WIDTH)
     tl.store(lse + rows, (top + tl.log2(weight)) * 0.6931471805599453, mask=rows < end)

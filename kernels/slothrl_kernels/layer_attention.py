@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slothrl_kernels.layer_parts import LayerParts, Norm
-from slothrl_kernels.rms_norm_math import rms_norm_backward, rms_norm_forward
+from slothrl_kernels.layer_parts import LayerParts
+from slothrl_kernels.qk_norm_rope import qk_norm_rope_backward, qk_norm_rope_forward
 from slothrl_kernels.rope import rope_turn
 
 
@@ -20,12 +20,10 @@ class Attended:
     """What attention was given and made: under autograd of its own, where a gradient is to follow.
 
     raw: (M, N) q, k and v as the projections made them, where norms follow; else None.
-    scales: r of the norms of q and k.
     q, k, v: (B, heads, S, width), leaves. out: (B, S, heads, width).
     """
 
     raw: Tensor | None
-    scales: tuple[Tensor, Tensor] | None
     q: Tensor
     k: Tensor
     v: Tensor
@@ -46,38 +44,37 @@ def attend(qkv: Tensor, shape: torch.Size, parts: LayerParts, watched: bool) -> 
         watched: whether a backward follows.
     """
     q, k, v = _heads(qkv, shape, parts)
-    scales = None
-    if parts.norm_q is not None and parts.norm_k is not None:
-        (q, q_scale), (k, k_scale) = (_normed(x, norm, parts) for x, norm in ((q, parts.norm_q), (k, parts.norm_k)))
-        scales = (q_scale, k_scale)
-    if parts.cos is not None and parts.sin is not None:
-        q, k = rope_turn(q, k, parts.cos, parts.sin, in_place=True, impl=parts.impl)
-    raw = None if scales is None else qkv
+    tables, raw = parts.tables, None
+    if tables is not None and parts.norms is not None:
+        q, k, raw = *qk_norm_rope_forward(q, k, *parts.norms, *tables, parts.norm, parts.impl), qkv
+    elif tables is not None:
+        q, k = rope_turn(q, k, *tables, in_place=True, impl=parts.impl)
     if not watched:
         with torch.no_grad():
-            return Attended(raw, scales, q, k, v, parts.attend(q, k, v))
+            return Attended(raw, q, k, v, parts.attend(q, k, v))
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     # What attention saves stays on the device, whatever hooks are around.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
-        return Attended(raw, scales, q, k, v, parts.attend(q, k, v))
+        return Attended(raw, q, k, v, parts.attend(q, k, v))
 
 
 def attend_backward(to_out: Tensor, attended: Attended, shape: torch.Size, parts: LayerParts) -> Tensor:
     """The gradient of qkv (M, N) from that of the output's rows (M, heads * width)."""
     leaves = (attended.q, attended.k, attended.v)
-    to_q, to_k, to_v = torch.autograd.grad(attended.out, leaves, to_out.view(attended.out.shape))
-    if attended.raw is None or attended.scales is None:
-        beside = torch.cat([_rows(x) for x in (to_q, to_k, to_v)], 1)
-        if parts.cos is not None and parts.sin is not None:
-            to_q, to_k, _ = _heads(beside, shape, parts)
-            rope_turn(to_q, to_k, parts.cos, parts.sin, backward=True, in_place=True, impl=parts.impl)
-        return beside
-    if parts.cos is not None and parts.sin is not None:
-        to_q, to_k = rope_turn(to_q, to_k, parts.cos, parts.sin, backward=True, impl=parts.impl)
-    q, k, _ = _heads(attended.raw, shape, parts)
-    norms = zip((to_q, to_k), (q, k), attended.scales, (parts.norm_q, parts.norm_k), strict=True)
-    to_q, to_k = (_normed_backward(to, x, r, norm, parts) for to, x, r, norm in norms if norm is not None)
-    return torch.cat([_rows(x) for x in (to_q, to_k, to_v)], 1)
+    found = torch.autograd.grad(attended.out, leaves, to_out.view(attended.out.shape))
+    beside = torch.cat([_rows(x) for x in found], 1)
+    to_q, to_k, _ = _heads(beside, shape, parts)
+    tables = parts.tables
+    if tables is not None and parts.norms is not None and attended.raw is not None:
+        q, k, _ = _heads(attended.raw, shape, parts)
+        options = {"impl": parts.impl, "in_place": True}
+        made = qk_norm_rope_backward(to_q, to_k, q, k, *parts.norms, *tables, parts.norm, **options)
+        for target, value in ((to_q, made.q), (to_k, made.k)):
+            if target.data_ptr() != value.data_ptr():  # the reference makes new ones
+                target.copy_(value)
+    elif tables is not None:
+        rope_turn(to_q, to_k, *tables, backward=True, in_place=True, impl=parts.impl)
+    return beside
 
 
 def _heads(qkv: Tensor, shape: torch.Size, parts: LayerParts) -> list[Tensor]:
@@ -90,19 +87,6 @@ def _heads(qkv: Tensor, shape: torch.Size, parts: LayerParts) -> list[Tensor]:
 def _rows(x: Tensor) -> Tensor:
     """(B, heads, S, width) -> (M, heads * width)."""
     return x.transpose(1, 2).reshape(x.size(0) * x.size(2), -1)
-
-
-def _normed(x: Tensor, norm: Norm, parts: LayerParts) -> tuple[Tensor, Tensor]:
-    x = x.transpose(1, 2)  # (B, S, heads, width): as it lies in memory
-    y, _, r = rms_norm_forward(x, None, norm.weight, norm.eps, norm.shift, norm.cast_first, parts.impl)
-    return y.transpose(1, 2), r
-
-
-def _normed_backward(to_y: Tensor, x: Tensor, r: Tensor, norm: Norm, parts: LayerParts) -> Tensor:
-    options = (norm.weight, norm.shift, norm.cast_first)
-    return rms_norm_backward(to_y.transpose(1, 2), None, x.transpose(1, 2), r, *options, impl=parts.impl)[0].transpose(
-        1, 2
-    )
 
 
 def _same(x: Tensor) -> Tensor:

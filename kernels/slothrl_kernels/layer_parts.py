@@ -9,6 +9,7 @@ from torch import Tensor
 
 from slothrl_kernels.glu import Activation
 from slothrl_kernels.lora_math import Projection
+from slothrl_kernels.qk_norm_rope import QKNorm
 from slothrl_kernels.switch import Impl
 
 Keep = Literal["input", "attention", "all"]
@@ -30,8 +31,9 @@ class LayerParts(NamedTuple):
     first, second: the norms before attention and MLP, over h.
     qkv: one projection for q, k and v, or three; outputs (heads + 2 kv_heads) * width. o: heads * width -> h.
     heads, kv_heads, width: of attention; width entries a head.
-    norm_q, norm_k: over a head, before the rotation (Qwen 3), or None.
-    cos, sin: (B or 1, S, R) as `rope` takes them, or None: no rotation (NoPE).
+    tables: cos and sin (B or 1, S, R) as `rope` takes them, or None: no rotation (NoPE).
+    norms: the weights (width,) of norms over the heads of q and of k before the rotation (Qwen 3), or None; both are of
+        the kind `norm`. Only with tables.
     attend: q (B, heads, S, width), k and v (B, kv_heads, S, width) -> (B, S, heads, width), differentiable, without
         random numbers: it may be run twice.
     inner, down: the MLP's, as of `lora_mlp`.
@@ -45,10 +47,9 @@ class LayerParts(NamedTuple):
     heads: int
     kv_heads: int
     width: int
-    norm_q: Norm | None
-    norm_k: Norm | None
-    cos: Tensor | None
-    sin: Tensor | None
+    tables: tuple[Tensor, Tensor] | None
+    norms: tuple[Tensor, Tensor] | None
+    norm: QKNorm
     attend: Attend
     o: Projection
     second: Norm
@@ -80,7 +81,9 @@ class LayerParts(NamedTuple):
             raise ValueError(f"x {tuple(x.shape)} and projections of {inputs} inputs, {qkv} for q, k, v do not fit")
         if tuple(self.o.weight.shape) != (h, wide) or tuple(self.down.weight.shape) != (h, inner // 2):
             raise ValueError(f"o {tuple(self.o.weight.shape)} or down {tuple(self.down.weight.shape)} do not fit")
-        norms = [norm.weight for norm in (self.first, self.second, self.norm_q, self.norm_k) if norm is not None]
+        norms = [self.first.weight, self.second.weight, *(self.norms or ())]
+        if self.norms is not None and self.tables is None:
+            raise ValueError("norms of q and k without a rotation after them")
         biases = [p.bias for p in self.projections if p.bias is not None]
         weights = [p.weight for p in self.projections if isinstance(p.weight, Tensor)]
         if any(t.requires_grad for t in (*norms, *biases, *weights)):

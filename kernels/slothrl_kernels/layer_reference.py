@@ -18,14 +18,15 @@ def decoder_layer_reference(x: Tensor, parts: LayerParts) -> Tensor:
     qkv = torch.cat(lora_linear_reference(_norm(x, parts.first), parts.qkv), -1)
     counts = [parts.heads, parts.kv_heads, parts.kv_heads]
     q, k, v = (heads.transpose(1, 2) for heads in qkv.view(batch, length, -1, parts.width).split(counts, 2))
-    q, k = _norm(q, parts.norm_q), _norm(k, parts.norm_k)
-    if parts.cos is not None and parts.sin is not None:
-        q, k = rope_reference(q, k, parts.cos, parts.sin)
+    if parts.norms is not None:
+        q, k = (rms_norm_reference(x, weight, *parts.norm) for x, weight in zip((q, k), parts.norms, strict=True))
+    if parts.tables is not None:
+        q, k = rope_reference(q, k, *parts.tables)
     out = parts.attend(q, k, v).reshape(batch, length, -1)
     u = x + lora_linear_reference(out, [parts.o])[0]
     gate, up = torch.cat(lora_linear_reference(_norm(u, parts.second), parts.inner), -1).chunk(2, -1)
     return u + lora_linear_reference(glu_reference(gate, up, parts.activation), [parts.down])[0]
 
 
-def _norm(x: Tensor, norm: Norm | None) -> Tensor:
-    return x if norm is None else rms_norm_reference(x, norm.weight, norm.eps, norm.shift, norm.cast_first)
+def _norm(x: Tensor, norm: Norm) -> Tensor:
+    return rms_norm_reference(x, norm.weight, norm.eps, norm.shift, norm.cast_first)

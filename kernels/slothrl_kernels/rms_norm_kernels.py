@@ -86,7 +86,8 @@ def backward_kernel(
 ):
     column = tl.arange(0, COLUMNS)
     factor = _weight(weight, column, width, shift, HAS_WEIGHT)
-    to_weight = tl.zeros([COLUMNS], tl.float32)
+    # Summed over rows only at the end: a sum over them goes through shared memory.
+    to_weight = tl.zeros([ROWS, COLUMNS] if WANTS_WEIGHT else [1, 1], tl.float32)
     for turn in range(turns):
         row = (tl.program_id(0).to(tl.int64) * turns + turn) * ROWS + tl.arange(0, ROWS)
         inside = (row[:, None] < count) & (column[None, :] < width)
@@ -104,6 +105,6 @@ def backward_kernel(
         if WANTS_WEIGHT:
             if CAST_FIRST:
                 normed = normed.to(total.dtype.element_ty).to(tl.float32)
-            to_weight += tl.sum(gradient * normed, 0)
+            to_weight += gradient * normed
     if WANTS_WEIGHT:
-        tl.store(partials + tl.program_id(0) * width + column, to_weight, mask=column < width)
+        tl.store(partials + tl.program_id(0) * width + column, tl.sum(to_weight, 0), mask=column < width)

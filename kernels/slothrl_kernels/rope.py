@@ -28,7 +28,7 @@ TILE = 1024  # pairs a program holds at once
 
 def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
     """The plain-torch truth of `rope`, with the same arguments; differentiable; in the inputs' dtype throughout."""
-    _check(q, k, cos, sin)
+    check_rope(q, k, cos, sin)
     rotated = [_rotate_reference(x, cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]) for x in (q, k)]
     if in_place:
         with torch.no_grad():
@@ -64,7 +64,7 @@ def rope(
         ValueError: shapes, dtypes or devices that do not fit.
         RuntimeError: impl="triton" and Triton is not installed.
     """
-    _check(q, k, cos, sin)
+    check_rope(q, k, cos, sin)
     if not takes_triton(impl, q) or q.dtype == torch.float64:
         return rope_reference(q, k, cos, sin, in_place)
     return _Rope.apply(q, k, cos, sin, in_place)  # pyright: ignore
@@ -83,9 +83,9 @@ def rope_turn(
 
     Args, returns, raises: as `rope`; with `backward`, q and k are the outputs' gradients.
     """
-    _check(q, k, cos, sin)
+    check_rope(q, k, cos, sin)
     if takes_triton(impl, q) and q.dtype != torch.float64:
-        cos, sin = _unit_strides(cos, sin)
+        cos, sin = unit_strides(cos, sin)
         q, k = _turn([q, k], cos, sin, backward, in_place)
         return q, k
     if not backward:
@@ -94,11 +94,24 @@ def rope_turn(
     return rope_reference(q.detach(), k.detach(), cos, torch.cat([-second, -first], -1), in_place)
 
 
-def _unit_strides(*tables: Tensor) -> list[Tensor]:
-    return [x if x.stride(2) == 1 else x.contiguous() for x in tables]
+def unit_strides(*tensors: Tensor) -> list[Tensor]:
+    """Each as it is where its last dimension has stride 1, else a copy."""
+    return [x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+def projected_like(x: Tensor) -> Tensor:
+    """An empty (B, H, S, D) in the order that x has its heads and tokens in memory.
+
+    `empty_like` forgets that order where x is a slice of a wider projection, and then whoever reads token by token, as
+    the next projection, makes a copy.
+    """
+    batch, heads, length, width = x.shape
+    if x.stride(1) > x.stride(2) and heads > 1:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty(batch, length, heads, width, dtype=x.dtype, device=x.device).transpose(1, 2)
+
+
+def check_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     if q.dim() != 4 or k.dim() != 4 or not q.is_floating_point() or (q.dtype, q.device) != (k.dtype, k.device):
         raise ValueError(
             f"q and k must be 4-D floats of one dtype, not {q.dim()}-D {q.dtype} and {k.dim()}-D {k.dtype}"
@@ -115,7 +128,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
-        cos, sin = _unit_strides(cos, sin)
+        cos, sin = unit_strides(cos, sin)
         ctx.save_for_backward(cos, sin)
         outputs = _turn([q, k], cos, sin, backward=False, in_place=in_place)
         if in_place:
@@ -132,8 +145,8 @@ class _Rope(torch.autograd.Function):
 
 def _turn(heads: list[Tensor], cos: Tensor, sin: Tensor, backward: bool, in_place: bool) -> list[Tensor]:
     """q and k, or their gradients, turned; a copy first where the strides are not those of a tensor of its own."""
-    inputs = [x if x.stride(3) == 1 or x.size(3) == 1 else x.contiguous() for x in heads]
-    outputs = inputs if in_place else [torch.empty_like(x) for x in inputs]
+    inputs = unit_strides(*heads)
+    outputs = inputs if in_place else [projected_like(x) for x in inputs]
     (q, k), (batch, _, length, width), turned = inputs, inputs[0].shape, cos.size(2)
     half_block = triton.next_power_of_2(turned // 2)
     if min(batch, length) > 0:

@@ -1,11 +1,12 @@
 """Time every kernel beside plain torch, bitsandbytes and Liger (where importable) on this GPU; markdown tables.
 
     python tests/gpu/bench_kernels.py                # all, with the sweep of nf4 GEMM launches, about 90 s
-    python tests/gpu/bench_kernels.py --only gemm    # dequantize, norm, rope, glu or gemm
+    python tests/gpu/bench_kernels.py --only gemm    # dequantize, norm, rope, qk, glu or gemm
     python tests/gpu/bench_kernels.py --quick        # the default launches only
 
-Medians of CUDA event times with a cold L2 cache; GEMMs in a CUDA graph over enough copies of W to be cold. A case that
-fails prints its error and the rest goes on; the exit code is then 1. The sweep prints lines for `nf4_launches.SHIPPED`.
+Medians of CUDA event times, cold L2 cache, without the host's time (`bench_tools.milliseconds`); GEMMs in a CUDA
+graph over enough copies of W to be cold. A case that fails prints its error and the rest goes on; the exit code is then
+1. The sweep prints lines for `nf4_launches.SHIPPED`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from slothrl_kernels import (
     glu,
     glu_reference,
     nf4_dequantize,
+    qk_norm_rope,
+    qk_norm_rope_reference,
     rms_norm,
     rms_norm_reference,
     rope,
@@ -119,6 +122,30 @@ def bench_rope(copy: float) -> None:
         line(f"{name} backward", size, copy, backward[0], backward[1:])  # pyright: ignore
 
 
+def bench_qk(copy: float) -> None:
+    """Bytes: q and k read and written; in the backward their gradients too. "Three kernels": two norms, then RoPE."""
+    header(f"QK-norm and RoPE, {TOKENS} tokens, bf16", ["eager", "three kernels"])
+    for q_heads, k_heads, width in ((32, 8, 128), (16, 8, 128), (8, 4, 256)):
+        q, k = (random(1, TOKENS, n, width, grad=True).transpose(1, 2) for n in (q_heads, k_heads))
+        weights = [random(width), random(width)]
+        angle = torch.rand(1, TOKENS, width, device="cuda") * 6
+        cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
+
+        def apart(q=q, k=k, weights=weights, cos=cos, sin=sin):
+            normed = (rms_norm(x.transpose(1, 2), w).transpose(1, 2) for x, w in zip((q, k), weights, strict=True))
+            return rope(*normed, cos, sin)
+
+        heads, tables = 2 * (q.numel() + k.numel()), 4 * cos.numel()
+        arms = [partial(f, q, k, *weights, cos, sin) for f in (qk_norm_rope, qk_norm_rope_reference)] + [apart]
+        name = f"{q_heads} and {k_heads} heads of {width}"
+        line(f"{name} forward", 2 * heads + tables, copy, arms[0], arms[1:])
+        backward = [backward_of(arm, [q, k], [torch.ones_like(q), torch.ones_like(k)]) for arm in arms]
+        line(f"{name} backward", 3 * heads + tables, copy, backward[0], backward[1:])  # pyright: ignore
+        trained = [weight.requires_grad_() for weight in weights]
+        backward = [backward_of(arm, [q, k, *trained], [torch.ones_like(q), torch.ones_like(k)]) for arm in arms]
+        line(f"{name} backward, weights too", 3 * heads + tables, copy, backward[0], backward[1:])  # pyright: ignore
+
+
 def bench_glu(copy: float) -> None:
     header(f"gated activations, {TOKENS} tokens, bf16", ["eager", "liger"])
     peers = {"silu": optional("liger_kernel.ops.swiglu", "LigerSiLUMulFunction")}
@@ -135,7 +162,7 @@ def bench_glu(copy: float) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["dequantize", "norm", "rope", "glu", "gemm"])
+    parser.add_argument("--only", choices=["dequantize", "norm", "rope", "qk", "glu", "gemm"])
     parser.add_argument("--quick", action="store_true", help="no sweep of GEMM launches")
     parser.add_argument("--seconds", type=float, default=85, help="after so long no more candidates are timed")
     arguments = parser.parse_args()
@@ -147,7 +174,8 @@ def main() -> int:
     copy = copy_bandwidth()
     print(f"copy: {copy:.0f} GB/s")
     gemm = partial(bench_gemm, limit=arguments.seconds if sweep else 0)  # early, since its sweep watches the clock
-    benches = {"dequantize": bench_dequantize, "gemm": gemm, "norm": bench_norm, "rope": bench_rope, "glu": bench_glu}
+    benches = {"dequantize": bench_dequantize, "gemm": gemm, "norm": bench_norm, "rope": bench_rope, "qk": bench_qk}
+    benches["glu"] = bench_glu
     for name, bench in benches.items():
         if arguments.only in (None, name):
             with case(name):

@@ -7,6 +7,7 @@ import torch
 
 from tests.kernels.budget import budget_of
 from tests.kernels.nf4_cases import bitsandbytes_weight, quantized
+from tests.kernels.test_qk_norm_rope import with_angles as with_tables
 from tests.kernels.test_rope import angles, with_angles
 
 pytestmark = [
@@ -211,6 +212,28 @@ def test_rope(heads, width, turned, dtype):
     expected = kernel(q, k)
     assert all(torch.equal(a, b) for a, b in zip(rope(q, k, cos, sin, True), expected, strict=True))
     assert torch.equal(q, expected[0]) and torch.equal(k, expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads, width, turned", [((32, 8), 128, 128), ((16, 8), 128, 128), ((4, 1), 256, 64)])
+def test_qk_norm_rope(heads, width, turned, dtype):
+    """As slices of one projection; frozen and trained weights; Llama's and Gemma's norms; NaN where none is written."""
+    from slothrl_kernels import QKNorm, qk_norm_rope, qk_norm_rope_reference
+
+    fused = values(2, 301, sum(heads), width, dtype=dtype)
+    q, k = (x.transpose(1, 2) for x in fused.split(heads, 2))
+    weights = [values(width, dtype=dtype, seed=seed) for seed in (1, 2)]
+    tables = angles(2, 301, turned, dtype, "cuda")
+    upstream = [values(*x.shape, dtype=torch.float32, seed=3) for x in (q, k)]
+    for norm in (QKNorm(), QKNorm(1e-6, 1.0, False)):
+        kernel = with_tables(qk_norm_rope, *tables, norm, "triton")
+        reference = with_tables(qk_norm_rope_reference, *tables, norm)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
+        try:
+            for wanted in ([0, 1], [0, 1, 2, 3]):
+                budget_of(kernel, reference, [q, k, *weights], wanted, upstream)
+        finally:
+            torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

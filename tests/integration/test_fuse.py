@@ -15,6 +15,7 @@ from tests.families import FAMILIES, make_checkpoint
 
 IDS = torch.tensor([[(11 * i * i + 7 * i + 3) % 1000 + 3 for i in range(13)], [5 * i + 4 for i in range(13)]])
 GROUPS = {"RMSNorm", "RoPE", "gated MLP", "q_proj + k_proj + v_proj", "gate_proj + up_proj", "o_proj", "down_proj"}
+JOINED = {"qwen3", "gemma3"}  # norms on q and k
 PHI3 = {"RMSNorm", "RoPE", "gated MLP", "qkv_proj", "gate_up_proj", "o_proj", "down_proj"}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
@@ -81,9 +82,10 @@ def test_families_in_float32(family, folders):
     report = fuse(model)
     whole = not family.startswith("gemma")  # norms on what attention and MLP give
     assert list(model.state_dict()) == keys and not report.kept and (not report.notes) == whole
-    parts = PHI3 if family == "phi3" else GROUPS
+    rope = "QK-norm + RoPE" if family in JOINED else "RoPE"
+    parts = PHI3 if family == "phi3" else GROUPS - {"RoPE"} | {rope}
     assert set(report.fused) == (parts | {"whole layer"} if whole else parts)
-    assert report.fused["gated MLP"] == report.fused["RoPE"] == 2
+    assert report.fused["gated MLP"] == report.fused[rope] == 2
     assert report.difference is not None and report.difference < 1e-6
     assert_same(step(model), plain)
     unfuse(model)

@@ -199,7 +199,7 @@ class Launches(TorchDispatchMode):
     VIEWS = {f"aten.{name}" for name in (*VIEWS.split(), "empty", "empty_like", "new_empty", "promote_types")}
     KERNELS = {
         "base_weight": ["nf4_dequantize"],
-        "layer_attention": ["rms_norm_forward", "rms_norm_backward", "rope_turn"],
+        "layer_attention": ["qk_norm_rope_forward", "qk_norm_rope_backward", "rope_turn"],
         "decoder_layer": ["rms_norm_forward", "rms_norm_backward", "glu_forward", "glu_backward"],
     }
 
@@ -228,9 +228,10 @@ class Launches(TorchDispatchMode):
 
 
 def test_how_much_a_layer_launches(folders, monkeypatch):  # noqa: F811
-    """A checkpointed Llama layer over nf4 with float32 adapters: 170 and 380 module by module, by the same count of
-    torch's operations, of which some thirty a weight are the dequantisation's reference."""
-    model = checkpointed(adapted(folders("llama"), torch.bfloat16, BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.bfloat16), r=8))
+    """A checkpointed Llama layer over nf4 with float32 adapters, as many tokens as let it hold the unpacked weights. The
+    profile of an H100 had about 215 launches a layer, the optimizer's not among them, when it ran module by module."""
+    base = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.bfloat16)
+    model = checkpointed(adapted(folders("llama"), torch.bfloat16, base, r=8))
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.float() if "lora_" in name else parameter.data
     assert fuse(model).fused["whole layer"] == 2
@@ -248,5 +249,4 @@ def test_how_much_a_layer_launches(folders, monkeypatch):  # noqa: F811
         with seen:
             seen.count = 0
             loss.backward()
-    print(forward, seen.count)
-    assert forward <= 34 and seen.count <= 66
+    assert forward <= 32 and seen.count <= 60

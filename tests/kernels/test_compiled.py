@@ -99,3 +99,44 @@ def test_gradients_of_a_glu_with_its_value_again(activation):
     compiled = compile_kernel(_backward_kernel, pointers, integers, constants, 90, num_warps=8)
     assert instructions(compiled, r"ld\.global\.v4\.b32") == instructions(compiled, r"st\.global\.v4\.b32") == 3
     assert instructions(compiled, r"\.local") == 0
+
+
+def compile_qk(backward: bool, capability: int):
+    """Llama's order of casts, 16 or more heads of 128, bf16; strides are multiples of 16."""
+    from slothrl_kernels import qk_norm_rope_kernels as kernels
+
+    kernel = kernels.qk_backward_kernel if backward else kernels.qk_forward_kernel
+    names = [name for name in kernel.arg_names if not name.isupper()]
+    strides = [name for name in names if name.endswith(("_batch", "_head", "_token"))]
+    integers = strides + [n for n in ("length", "q_heads", "k_heads", "half", "rest", "count", "turns") if n in names]
+    pointers = {n: "*bf16" for n in names if n not in integers} | {"eps": "fp32", "shift": "fp32"}
+    constants = {"CAST_FIRST": True, "HEADS": 16, "HALF": 64, "REST": 0} | ({"WANTS_WEIGHT": False} if backward else {})
+    return compile_kernel(kernel, pointers, integers, constants, capability, num_warps=4)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("backward", [False, True])
+def test_qk_norm_rope_is_vectors_and_no_shared_memory(backward, capability):
+    """Heads are summed within a warp; two halves of q and k (and of their gradients), the weights and the angles."""
+    compiled = compile_qk(backward, capability)
+    assert compiled.metadata.shared == 0 and instructions(compiled, r"\.local") == 0
+    assert instructions(compiled, r"st\.global\.v4\.b32") == instructions(compiled, r"st\.global") == 4
+    assert instructions(compiled, r"ld\.global\.v4\.b32") == instructions(compiled, r"ld\.global") > 0
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_rms_norm_is_vectors(backward):
+    """Rows of 4096, 16 entries a thread: 16-byte loads and stores, one 4-byte one for r."""
+    from slothrl_kernels import rms_norm_kernels as kernels
+
+    kernel = kernels.backward_kernel if backward else kernels.forward_kernel
+    names = [name for name in kernel.arg_names if not name.isupper()]
+    integers = [n for n in names if n.endswith("_stride") or n in ("count", "width", "turns")]
+    pointers = {n: "*bf16" for n in names if n not in integers} | {"scale": "*fp32", "shift": "fp32"}
+    pointers |= {"partials": "*fp32"} if backward else {"eps": "fp32"}
+    constants = {"HAS_WEIGHT": True, "CAST_FIRST": True, "ROWS": 1, "COLUMNS": 4096}
+    constants |= {"HAS_SUM": True, "WANTS_WEIGHT": False} if backward else {"HAS_RESIDUAL": True}
+    compiled = compile_kernel(kernel, pointers, integers, constants, 90, num_warps=8)
+    reads, writes = (8, 2) if backward else (6, 4)
+    assert instructions(compiled, r"ld\.global\.v4\.b32") == reads and instructions(compiled, r"\.local") == 0
+    assert instructions(compiled, r"st\.global\.v4\.b32") == writes

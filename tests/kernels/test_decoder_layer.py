@@ -8,6 +8,7 @@ from slothrl_kernels.decoder_layer import HOLD, decoder_layer
 from slothrl_kernels.layer_parts import LayerParts, Norm
 from slothrl_kernels.layer_reference import decoder_layer_reference
 from slothrl_kernels.lora_flat import adapter_values
+from slothrl_kernels.qk_norm_rope import QKNorm
 
 from tests.kernels.budget import budget_of
 from tests.kernels.nf4_cases import quantized
@@ -43,10 +44,11 @@ def called(function, weights, keep="input", impl="torch", biases=False, heads_no
         count = 3 if len(made) == 7 else 1
         qkv, o, inner, down = made[:count], made[count], made[count + 1 : -1], made[-1]
         first, second = (Norm(1 + values(64, seed=s).to(**like), 1e-5, 0.0, True) for s in (31, 32))
-        over = [Norm(values(16, seed=s).to(**like), 1e-6, 1.0, False) if heads_normed else None for s in (33, 34)]
-        tables = [t.to(**like) for t in angles(1, x.size(1), 16)] if rotated else [None, None]
+        over = [values(16, seed=s).to(**like) for s in (33, 34)] if heads_normed else None
+        tables = [t.to(**like) for t in angles(1, x.size(1), 16)] if rotated else None
         parts = LayerParts(
-            first, tuple(qkv), 4, 2, 16, *over, *tables, attend, o, second, tuple(inner), down, "silu", keep, impl
+            first, tuple(qkv), 4, 2, 16, tables, over, QKNorm(1e-6, 1.0, False), attend, o, second, tuple(inner), down,
+            "silu", keep, impl,
         )  # fmt: skip
         return function(x, parts)
 
