@@ -73,19 +73,21 @@ class _DecoderLayer(torch.autograd.Function):
         values = adapter_values(parts.groups, flat)
         normed = _normed(flat, parts.first, parts.qkv, values[0], parts)
         attended = attend(normed.group.forward(normed.both), x.shape, parts, watched=keep != "input")
-        u, _ = LoraOnto(parts.o, values[1], flat, parts.impl).forward(attended.rows, flat)
+        u, _ = _onto_residual(LoraOnto(parts.o, values[1], flat, parts.impl), attended.rows, flat)
         attended = attended if keep != "input" else None
         normed = _normed(u, parts.second, parts.inner, values[2], parts)
         inner = normed.group.forward(normed.both)
         del normed
         gate, up = inner.chunk(2, 1)
-        h = glu_forward(gate, up, parts.activation, parts.impl)
+        down = LoraOnto(parts.down, values[3], flat, parts.impl)
+        both = down.input_buffer(flat.size(0))
+        glu_forward(gate, up, parts.activation, parts.impl, both[:, : down.inputs])
         if follows:
             ctx.kept = _Kept(values if _holds(flat) else None, attended, *((u, inner) if keep == "all" else ()))
             ctx.parts, ctx.versions, ctx.held = parts, _versions(adapters), None if save else x
             ctx.save_for_backward(x if save else None)
         del inner, gate, up, attended
-        return LoraOnto(parts.down, values[3], flat, parts.impl).forward(h, u)[0].view(x.shape)
+        return down.forward(both, u).view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -111,7 +113,11 @@ def _backward(x: Tensor, to_y: Tensor, parts: LayerParts, kept: _Kept) -> tuple[
         normed.group.shrink_into(normed.both)
         attended = kept.attended
     onto, rows = LoraOnto(parts.o, values[1], x, parts.impl), attended.rows
-    u, shrunk = onto.forward(rows, x) if kept.u is None else (kept.u, onto.shrink(rows))
+    if kept.u is None:
+        u, shrunk = _onto_residual(onto, rows, x)
+        shrunk = shrunk.contiguous()
+    else:
+        u, shrunk = kept.u, onto.shrink(rows)
     to_u = onto.buffer(x.size(0))  # [du | du B]
     _mlp_backward(u, to_y, parts, values[2:], kept.inner, to_u[:, : x.size(1)], gradients.found[2:])
     del u
@@ -163,6 +169,13 @@ def _normed(x: Tensor, norm: Norm, group: Sequence[Projection], adapters: Adapte
     both = projections.buffer(x.size(0))
     options = (norm.weight, norm.eps, norm.shift, norm.cast_first)
     return _Normed(projections, both, rms_norm_forward(x, None, *options, parts.impl, both[:, : x.size(1)])[2])
+
+
+def _onto_residual(onto: LoraOnto, rows: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """residual + the projection of rows (M, K), and their x A'^T (M, R), a view into all of the GEMM's input."""
+    both = onto.input_buffer(rows.size(0))
+    both[:, : onto.inputs] = rows
+    return onto.forward(both, residual), both[:, onto.inputs :]
 
 
 def _holds(x: Tensor) -> bool:

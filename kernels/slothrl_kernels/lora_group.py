@@ -5,7 +5,7 @@ nothing copied to put things side by side: whatever writes x or dy writes it int
 
     Several on one input    [x | x A'^T] [W_i | B_i]^T = every y_i beside each other, one GEMM; all dy_i beside each
                             other times the same matrix is [dx, lacking a part (R, K) | every dy_i B_i]
-    One onto a residual     residual + x W^T + (x A'^T) B^T; [dy | dy B] [W ; A'] is dx
+    One onto a residual     residual + [x | x A'^T] [W | B]^T; [dy | dy B] [W ; A'] is dx
 
 A packed W_i is unpacked next to its neighbours in one buffer; dense weights are multiplied where they are.
 """
@@ -151,14 +151,33 @@ class LoraOnto:
         self.a, self.b = adapters.a, adapters.b[0]
         self.rank = 0 if self.a is None else self.a.size(0)
 
-    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor | None]:
-        """residual + y (M, N), a new tensor, and x A'^T (M, R)."""
-        p = self.projection
-        y = torch.addmm(residual, x, dense(p.weight, x.dtype, impl=self.impl).T)
-        if p.bias is not None:
-            y += p.bias.detach()
-        xa = self.shrink(x)
-        return y if xa is None or self.b is None else y.addmm_(xa[:, : p.rank], self.b.T), xa
+    def input_buffer(self, tokens: int) -> Tensor:
+        """Memory for [x | x A'^T] (M, K + R)."""
+        return self.like.new_empty(tokens, self.inputs + self.rank)
+
+    def forward(self, both: Tensor, residual: Tensor) -> Tensor:
+        """residual + y (M, N), a new tensor, of both (M, K + R), whose right columns are written here.
+
+        One GEMM, and one rounding in the residual's size: a second would show in the stream of all layers.
+        """
+        p, inputs = self.projection, self.inputs
+        x, xa = both[:, :inputs], both[:, inputs:]
+        if self.a is not None:
+            torch.mm(x, self.a.T, out=xa)
+        if isinstance(p.weight, Tensor):
+            y = x @ dense(p.weight, both.dtype).T
+            if self.b is not None:
+                y.addmm_(xa[:, : p.rank], self.b.T)
+            y = y if p.bias is None else y.add_(p.bias.detach())
+            return y.add_(residual)
+        whole = both.new_empty(self.outputs, inputs + self.rank)  # [W | B]
+        dense(p.weight, both.dtype, whole[:, :inputs], self.impl)
+        if self.b is not None:
+            if p.rank < self.rank:
+                whole[:, inputs + p.rank :].zero_()
+            whole[:, inputs : inputs + p.rank] = self.b
+        y = torch.addmm(residual, both, whole.T)
+        return y if p.bias is None else y.add_(p.bias.detach())
 
     def shrink(self, x: Tensor) -> Tensor | None:
         """x A'^T (M, R)."""

@@ -251,4 +251,4 @@ def test_how_much_a_layer_launches(folders, monkeypatch):  # noqa: F811
         with seen:
             seen.count = 0
             loss.backward()
-    assert forward <= 32 and seen.count <= 60
+    assert forward <= 33 and seen.count <= 62
