@@ -83,8 +83,9 @@ class FusedLayer(Replacement):
         self.impl: Impl = impl
         self.inner = [reader.layer for reader in mlp.readers]
         self.readers = [LinearReader(linear) for linear in (*attention.linears, *self.inner)]
-        self.watched = [m for m in module.modules() if m is not module]
-        self.dropouts = [m for m in self.watched if isinstance(m, nn.modules.dropout._DropoutNd)]
+        inside = [m for m in module.modules() if m is not module]
+        self.dropouts = [m for m in inside if isinstance(m, nn.modules.dropout._DropoutNd)]
+        self.hooks = [vars(m)[name] for m in inside for name in _HOOKS]  # the modules' own: they fill and empty
         self._planned: LayerParts | None = None  # by `Direct`, for the forward that follows
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -162,7 +163,7 @@ class FusedLayer(Replacement):
         """Whether nothing is asked for beside the result, and nobody watches or changes the modules inside."""
         if kwargs.get("past_key_values") is not None or kwargs.get("output_attentions"):
             return False
-        if any(vars(m)[name] for m in self.watched for name in _HOOKS):
+        if any(self.hooks):
             return False
         return not any(m.p and m.training for m in self.dropouts)
 
