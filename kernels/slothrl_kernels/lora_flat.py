@@ -32,15 +32,15 @@ def adapter_values(groups: Groups, like: Tensor) -> list[Adapters]:
 
     The scaling multiplies A after it is rounded: a power of two, as alpha / r mostly is, rounds nothing more.
     """
-    _, found = _pieces(groups, like)
+    places = _places_of(groups)
+    found = _views(places, like.new_empty(places.count))
     targets, sources, scaled, scales = [], [], [], []
-    for group, adapters in zip(groups, found, strict=True):
+    for group, adapters, place in zip(groups, found, places.groups, strict=True):
         if adapters.a is None:
             continue
-        end = sum(p.rank for p in group)
-        if end < adapters.a.size(0):
-            adapters.a[end:].zero_()
-        for p, span, b in zip(group, spans_of(group), adapters.b, strict=True):
+        if place.spans[-1].stop < adapters.a.size(0):
+            adapters.a[place.spans[-1].stop :].zero_()
+        for p, span, b in zip(group, place.spans, adapters.b, strict=True):
             if p.a is not None and p.b is not None:
                 part = adapters.a[span]
                 targets += [part, b]
@@ -55,24 +55,25 @@ def adapter_values(groups: Groups, like: Tensor) -> list[Adapters]:
 
 
 class AdapterGradients:
-    """Memory for the gradients of every group's adapters: of A' without the scaling, and of every B.
+    """Memory for the gradients of every group's adapters: of A, as `gradient_of_a` writes it, and of every B.
 
     found: written to by whoever computes them, all of it.
     """
 
     def __init__(self, groups: Groups, like: Tensor) -> None:
-        self.groups = groups
-        self.flat, self.found = _pieces(groups, like)
+        self.groups, self.places = groups, _places_of(groups)
+        self.flat = like.new_empty(self.places.count)
+        self.found = _views(self.places, self.flat)
 
     def finish(self) -> list[Tensor | None]:
         """dA_1, dB_1, dA_2, … in the order of the projections and their parameters' dtypes; parts of one tensor."""
         dtypes = {t.dtype for group in self.groups for p in group for t in (p.a, p.b) if t is not None}
         found = self.found
         if len(dtypes) == 1 and self.flat.dtype not in dtypes:
-            found = _views(self.groups, self.flat.to(dtypes.pop()))
+            found = _views(self.places, self.flat.to(dtypes.pop()))
         result: list[Tensor | None] = []
-        for group, adapters in zip(self.groups, found, strict=True):
-            for p, span, b in zip(group, spans_of(group), adapters.b, strict=True):
+        for group, adapters, place in zip(self.groups, found, self.places.groups, strict=True):
+            for p, span, b in zip(group, place.spans, adapters.b, strict=True):
                 if p.a is None or p.b is None or adapters.a is None or b is None:
                     result += [None, None]
                 else:
@@ -95,35 +96,48 @@ def spans_of(group: Sequence[Projection]) -> list[slice]:
     return _spans(tuple(p.rank for p in group))
 
 
-def padded(ranks: Sequence[int]) -> int:
-    """Rows of A': tensor cores want rows of x A'^T of 16 bytes."""
-    return -(-sum(ranks) // 8) * 8
-
-
 @lru_cache(256)
 def _spans(ranks: tuple[int, ...]) -> list[slice]:
     ends = [sum(ranks[: i + 1]) for i in range(len(ranks))]
     return [slice(end - rank, end) for end, rank in zip(ends, ranks, strict=True)]
 
 
-def _pieces(groups: Groups, like: Tensor) -> tuple[Tensor, list[Adapters]]:
-    flat = like.new_empty(sum(_sizes(groups)))
-    return flat, _views(groups, flat)
+class _Place(NamedTuple):
+    """A group's shapes: of A', of every B, None where there is none; and which rows of A' are whose."""
+
+    a: tuple[int, int] | None
+    b: list[tuple[int, int] | None]
+    spans: list[slice]
 
 
-def _sizes(groups: Groups) -> list[int]:
-    """Numbers of A' and of every B, group after group."""
-    sizes = []
-    for group in groups:
-        sizes.append(padded([p.rank for p in group]) * group[0].weight.shape[1])
-        sizes += [p.rank * p.weight.shape[0] for p in group]
-    return sizes
+class _Places(NamedTuple):
+    """Every group's, the sizes of what there is, one after the other, and their sum."""
+
+    groups: list[_Place]
+    sizes: list[int]
+    count: int
 
 
-def _views(groups: Groups, flat: Tensor) -> list[Adapters]:
-    pieces, found = iter(flat.split(_sizes(groups))), []
-    for group in groups:
-        a = next(pieces).view(-1, group[0].weight.shape[1])
-        b = [next(pieces).view(p.weight.shape[0], p.rank) if p.rank else next(pieces) for p in group]
-        found.append(Adapters(a if a.size(0) else None, [v if p.rank else None for v, p in zip(b, group, strict=True)]))
-    return found
+def _places_of(groups: Groups) -> _Places:
+    return _places(tuple(tuple((p.rank, *p.weight.shape) for p in group) for group in groups))
+
+
+@lru_cache(256)
+def _places(shapes: tuple[tuple[tuple[int, int, int], ...], ...]) -> _Places:
+    """Of (r, N, K) for every projection of every group."""
+    found, sizes = [], []
+    for group in shapes:
+        ranks = tuple(rank for rank, _, _ in group)
+        rows = -(-sum(ranks) // 8) * 8  # tensor cores want rows of x A'^T of 16 bytes
+        a = (rows, group[0][2]) if rows else None
+        found.append(_Place(a, [(outputs, rank) if rank else None for rank, outputs, _ in group], _spans(ranks)))
+        sizes += [shape[0] * shape[1] for shape in (a, *found[-1].b) if shape]
+    return _Places(found, sizes, sum(sizes))
+
+
+def _views(places: _Places, flat: Tensor) -> list[Adapters]:
+    pieces = iter(flat.split(places.sizes))
+    return [
+        Adapters(place.a and next(pieces).view(place.a), [shape and next(pieces).view(shape) for shape in place.b])
+        for place in places.groups
+    ]
