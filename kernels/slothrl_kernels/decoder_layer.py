@@ -118,8 +118,7 @@ def _backward(x: Tensor, to_y: Tensor, parts: LayerParts, kept: _Kept) -> tuple[
         shrunk = shrunk.contiguous()
     else:
         u, shrunk = kept.u, onto.shrink(rows)
-    to_u = onto.buffer(x.size(0))  # [du | du B]
-    _mlp_backward(u, to_y, parts, values[2:], kept.inner, to_u[:, : x.size(1)], gradients.found[2:])
+    to_u = _mlp_backward(u, to_y, parts, values[2:], kept.inner, onto, gradients.found[2:])  # [du | du B]
     del u
     to_rows = onto.input_gradient(to_u)
     onto.parameter_gradients(rows, shrunk, to_u, gradients.found[1])
@@ -139,10 +138,10 @@ def _mlp_backward(
     parts: LayerParts,
     values: list[Adapters],
     inner: Tensor | None,
-    out: Tensor,
+    onto: LoraOnto,
     gradients: list[Adapters],
-) -> None:
-    """du (M, h) into `out`, and the gradients of the adapters of gate, up and down into theirs."""
+) -> Tensor:
+    """A buffer of `onto` with du (M, h) in it; the gradients of the adapters of gate, up and down go into theirs."""
     normed = _normed(u, parts.second, parts.inner, values[0], parts)
     if inner is None:
         inner = normed.group.forward(normed.both, _holds(u))
@@ -160,7 +159,9 @@ def _mlp_backward(
     to_n, to_xa = normed.group.input_gradient(to_inner)
     normed.group.parameter_gradients(normed.both, to_xa, to_inner, gradients[0])
     del to_inner
-    _norm_backward(to_n, to_y, u, normed.r, parts.second, parts, out)
+    out = onto.buffer(u.size(0))  # no sooner: gate, up and their weights are what a layer needs most memory for
+    _norm_backward(to_n, to_y, u, normed.r, parts.second, parts, out[:, : u.size(1)])
+    return out
 
 
 def _normed(x: Tensor, norm: Norm, group: Sequence[Projection], adapters: Adapters, parts: LayerParts) -> _Normed:
