@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from slothrl.fuse_layer import Direct, fused_layer, is_plain_checkpoint
 from slothrl.offload import HostMemory
 from slothrl.plan import Rows
 
@@ -89,8 +90,8 @@ class Activations:
         given = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         for index, layer in enumerate(self.layers):
             theirs = vars(layer).get("_gradient_checkpointing_func")
-            mine = isinstance(theirs, partial) and not theirs.keywords.get("use_reentrant", True)
-            if mine and theirs.func is checkpoint:
+            theirs = theirs.theirs if isinstance(theirs, Direct) else theirs
+            if is_plain_checkpoint(theirs):
                 layer._gradient_checkpointing_func = _Checkpoint(self, index, theirs)
         if self.host is not None:
             self.host.begin()
@@ -110,7 +111,10 @@ class Activations:
             return count
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return min(count, int(SHARE * free / (batch * length * (2 * width + 4 * heads))))
+        # A layer that is fused as a whole keeps what its attention was given, too.
+        fused = fused_layer(self.layers[0])
+        numbers = width if fused is None else width + fused.attention.numbers
+        return min(count, int(SHARE * free / (batch * length * (2 * numbers + 4 * heads))))
 
     def bytes_per_token(self, tokens: int) -> int:
         """Attention's outputs, 16 bits, and log-sum-exps, of as many layers as would keep them."""
@@ -128,11 +132,14 @@ class _Checkpoint:
         self.activations, self.index, self.theirs = activations, index, theirs
 
     def __call__(self, function: Any, *args: Any) -> Any:
-        activations, options = self.activations, {}
+        activations, options, keep = self.activations, {}, "input"
         if self.index < activations.attending:
             options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_attention)
-        host = activations.host
+            keep = "attention"
+        host, fused = activations.host, fused_layer(activations.layers[self.index])
         with nullcontext() if host is None else host.taking(self.index):
+            for result in fused.run(function, args, keep) if fused else ():
+                return result
             return self.theirs(function, *args, **options)
 
 

@@ -16,6 +16,8 @@ from peft.tuners.lora import LoraLayer
 from slothrl_kernels import Impl, takes_triton
 from torch import Tensor, nn
 
+from slothrl.fuse_layer import FusedLayer
+from slothrl.fuse_layer_find import find_layers
 from slothrl.fuse_layers import LinearReader, is_linear
 from slothrl.fuse_linear import FusedGroup, FusedLinear
 from slothrl.fuse_mlp import FusedMLP, activation_of, candidates
@@ -55,7 +57,9 @@ def fuse(model: nn.Module, impl: Impl = "auto", inputs: Mapping[str, Any] | None
     report, names = FuseReport(), {module: name for name, module in base.named_modules()}
     with trial(device, dtype):
         seen = trace(base, inputs)
-        found = join_norms(base, _Finder(base, names, seen, report, impl, device, dtype).find(), report, inputs)
+        found = _Finder(base, names, seen, report, impl, device, dtype).find()
+        whole = _whole_layers(base, seen, found, report, inputs, impl)
+        found = [*join_norms(base, found, report, inputs), *whole]
         for replacement in found:
             replacement.install()
         vars(model)[_KEPT] = found
@@ -63,6 +67,23 @@ def fuse(model: nn.Module, impl: Impl = "auto", inputs: Mapping[str, Any] | None
     if seen.failure:
         report.notes.append(f"the model did not run on a sample, so linear layers are fused one by one: {seen.failure}")
     return report
+
+
+def _whole_layers(
+    base: nn.Module,
+    seen: Trace,
+    found: list[Replacement],
+    report: FuseReport,
+    inputs: Mapping[str, Any] | None,
+    impl: Impl,
+) -> list[FusedLayer]:
+    """Decoder layers that run as one step; the fused modules inside of them serve where they do not."""
+    layers, reasons = find_layers(base, seen, found, inputs, impl)
+    if layers:
+        report.fused["whole layer"] = len(layers)
+    for why, count in reasons.items():
+        report.notes.append(f"{count} layers run module by module: {why}")
+    return layers
 
 
 def unfuse(model: nn.Module) -> None:

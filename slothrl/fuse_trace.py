@@ -20,13 +20,15 @@ class Trace:
 
     Attributes:
         given: (linear layer, its input), in the order of the calls.
-        inputs, outputs: ids of the tensors that other modules took and gave, by module.
+        inputs, outputs: ids of the tensors that other modules took and gave, by module, in the order of the calls.
+        calls: the last arguments of each module, positional and by keyword.
         result: the forward's first tensor; None where it could not be run, for the reason in `failure`.
     """
 
     given: list[tuple[nn.Module, Tensor]] = field(default_factory=list)
     inputs: dict[nn.Module, int] = field(default_factory=dict)
     outputs: dict[nn.Module, int] = field(default_factory=dict)
+    calls: dict[nn.Module, tuple[tuple, dict[str, Any]]] = field(default_factory=dict)
     result: Tensor | None = None
     failure: str | None = None
     _alive: list[Tensor] = field(default_factory=list)  # or an id could be a later tensor's
@@ -88,6 +90,7 @@ def _watch_input(seen: Trace) -> Any:
             return
         seen._alive.append(x)
         seen.inputs[module] = id(x)
+        seen.calls[module] = (args, kwargs)
         if is_linear(module):
             seen.given.append((module, x))
 

@@ -39,12 +39,13 @@ def packed_mode(model: nn.Module) -> Iterator[None]:
         model: a transformers causal LM, PEFT-wrapped or not.
     """
     AttentionInterface.register(NAME, _attention)
-    with _attention_by(model, NAME):
+    with attention_by(model, NAME):
         yield
 
 
 @contextmanager
-def _attention_by(model: nn.Module, name: str) -> Iterator[None]:
+def attention_by(model: nn.Module, name: str) -> Iterator[None]:
+    """Inside of it every config of `model` asks transformers' registry for attention by this name."""
     before = [(config, config._attn_implementation) for config in _configs(model)]
     try:
         for config, _ in before:
@@ -116,7 +117,7 @@ def _try_packing(model: nn.Module) -> str | None:
     layout = PackedLayout.build([3, 4, 2, 5], [-1, 0, 0, -1], device)
     ids = torch.arange(layout.tokens, device=device) * 7 % (base.config.get_text_config().vocab_size - 1) + 1
     rows = [ids[:7], torch.cat([ids[:3], ids[7:9]]), ids[9:]]
-    with _attention_by(model, "eager"):  # transformers' sdpa leaves out softcaps and sinks without a word
+    with attention_by(model, "eager"):  # transformers' sdpa leaves out softcaps and sinks without a word
         alone = [backbone(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
     wanted = torch.cat([alone[0], alone[1][3:], alone[2]])
     changed = ids.clone()

@@ -33,13 +33,18 @@ def random_model(shape: str, device: str, max_length: int = 32768) -> Any:
     generator = torch.Generator(device).manual_seed(0)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
-            model.set_submodule(name, random_linear(module.in_features, module.out_features, generator))
+            onto_residual = name.endswith(("o_proj", "down_proj"))
+            scale = (2 * config.num_hidden_layers) ** -0.5 if onto_residual else 1.0
+            model.set_submodule(name, random_linear(module.in_features, module.out_features, generator, scale))
             continue
         for key, parameter in list(module.named_parameters(recurse=False)):
             values = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
-            values = values.normal_(std=0.02, generator=generator) if parameter.dim() > 1 else values.fill_(1.0)
+            std = 1.0 if isinstance(module, nn.Embedding) else 0.02
+            values = values.normal_(std=std, generator=generator) if parameter.dim() > 1 else values.fill_(1.0)
             setattr(module, key, nn.Parameter(values, requires_grad=False))
     model.tie_weights()
+    if config.tie_word_embeddings:
+        model.model.norm.weight.fill_(0.02)  # or logits of embeddings of unit size would be as large as the width
     for module in model.modules():
         for key, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, key, buffer.to(device))  # made on the CPU: rotary frequencies
@@ -57,14 +62,14 @@ def quantization() -> BitsAndBytesConfig:
     )
 
 
-def random_linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Module:
-    """bitsandbytes' layer over random bytes: entries of a standard deviation of about 0.02, no bias."""
+def random_linear(inputs: int, outputs: int, generator: torch.Generator, scale: float = 1.0) -> nn.Module:
+    """bitsandbytes' layer over random bytes: entries of a standard deviation of about 0.02 * scale, no bias."""
     from bitsandbytes.functional import QuantState, create_dynamic_map, get_4bit_type
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     device, blocks = generator.device, outputs * inputs // BLOCKSIZE
     inner = QuantState(
-        absmax=torch.full((-(-blocks // INNER_BLOCKSIZE),), 0.005, device=device),
+        absmax=torch.full((-(-blocks // INNER_BLOCKSIZE),), 0.005 * scale, device=device),
         code=create_dynamic_map().to(device),
         blocksize=INNER_BLOCKSIZE,
         dtype=torch.float32,
@@ -76,7 +81,7 @@ def random_linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.M
         blocksize=BLOCKSIZE,
         quant_type="nf4",
         dtype=torch.bfloat16,
-        offset=torch.tensor(0.03, device=device),
+        offset=torch.tensor(0.03 * scale, device=device),
         state2=inner,
     )
     packed = torch.randint(256, (outputs * inputs // 2, 1), dtype=torch.uint8, device=device, generator=generator)

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from slothrl_kernels import Projection, lora_linear, lora_linear_reference, lora_mlp, lora_mlp_reference
+from slothrl_kernels import Projection, QKNorm, lora_linear, lora_linear_reference, lora_mlp, lora_mlp_reference
+from slothrl_kernels.decoder_layer import decoder_layer
+from slothrl_kernels.layer_parts import LayerParts, Norm
+from slothrl_kernels.layer_reference import decoder_layer_reference
 
 from slothrl.activations import keep_activations
 from slothrl.fuse import fuse, unfuse
@@ -53,9 +56,9 @@ def results(function, x, group, dtype):
     return [t.detach().double() for t in (*outputs, *(leaf.grad for leaf in leaves))]
 
 
-def assert_no_worse(function, reference, group):
+def assert_no_worse(function, reference, group, tokens=TOKENS):
     """Each result's mean error against float64 is at most the reference's in bf16, and a tenth."""
-    x = torch.randn(TOKENS, group[0].weight.shape[1], device="cuda", generator=torch.Generator("cuda").manual_seed(7))
+    x = torch.randn(tokens, group[0].weight.shape[1], device="cuda", generator=torch.Generator("cuda").manual_seed(7))
     x = x.bfloat16()
     truth = results(reference, x, group, torch.float64)
     plain, ours = (results(f, x, group, torch.bfloat16) for f in (reference, function))
@@ -83,6 +86,49 @@ def test_mlp_against_float64(recompute):
     group = [projection(14336, 4096, 0), projection(14336, 4096, 1), projection(4096, 14336, 2)]
     ours = lambda x, g: lora_mlp(x, g[:2], g[2], recompute=recompute)  # noqa: E731
     assert_no_worse(ours, lambda x, g: lora_mlp_reference(x, g[:2], g[2]), group)
+
+
+LAYERS = {"8b": (4096, 14336, 32, 8, False), "0.6b": (1024, 3072, 16, 8, True)}  # h, F, heads of 128, q and k normed
+
+
+def layer_of(shape, keep):
+    """(a layer as a function of x and its projections, which are q, k, v, o, gate, up, down; the projections)."""
+    width, inner, heads, kv_heads, normed = LAYERS[shape]
+    q, kv = heads * 128, kv_heads * 128
+    sizes = [(q, width), (kv, width), (kv, width), (width, q), (inner, width), (inner, width), (width, inner)]
+    group = [projection(*size, seed) for seed, size in enumerate(sizes)]
+    generator = torch.Generator("cuda").manual_seed(3)
+    weights = [1 + 0.1 * torch.randn(n, device="cuda", generator=generator) for n in (width, width, 128, 128)]
+    angle = torch.arange(TOKENS, device="cuda")[:, None] * 10000 ** (-torch.arange(64, device="cuda") / 64)
+    angle = torch.cat([angle, angle], 1)[None]
+
+    def attend(q, k, v):
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    def layer(function, x, group):
+        first, second, norm_q, norm_k = (w.bfloat16().to(x.dtype) for w in weights)
+        tables = (angle.cos().bfloat16().to(x.dtype), angle.sin().bfloat16().to(x.dtype))
+        qkv, o, inner, down = tuple(group[:3]), group[3], tuple(group[4:6]), group[6]
+        parts = LayerParts(
+            Norm(first, 1e-6, 0.0, True), qkv, heads, kv_heads, 128, tables, (norm_q, norm_k) if normed else None,
+            QKNorm(), attend, o, Norm(second, 1e-6, 0.0, True), inner, down, "silu", keep, "auto",
+        )  # fmt: skip
+        return function(x.view(-1, TOKENS, width), parts).view(-1, width)
+
+    return layer, group
+
+
+@pytest.mark.parametrize("rows", [1, 4], ids=["weights unpacked anew", "weights held"])
+@pytest.mark.parametrize("keep", ["input", "attention", "all"])
+@pytest.mark.parametrize("shape", LAYERS)
+def test_layer_against_float64(shape, keep, rows):
+    """Values and all gradients of a whole layer; from 4 rows on 0.6b's tokens are four times its width."""
+    if shape == "8b" and rows > 1:
+        pytest.skip("float64 takes too much memory")
+    layer, group = layer_of(shape, keep)
+    ours = lambda x, g: layer(decoder_layer, x, g)  # noqa: E731
+    assert_no_worse(ours, lambda x, g: layer(decoder_layer_reference, x, g), group, rows * TOKENS)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -150,6 +196,7 @@ def test_a_fused_model_trains_what_the_plain_one_does(shape):
     layers = SHAPES[shape]["num_hidden_layers"]
     rope = "QK-norm + RoPE" if SHAPES[shape]["model_type"] == "qwen3" else "RoPE"
     assert report.fused["gated MLP"] == report.fused["q_proj + k_proj + v_proj"] == report.fused[rope] == layers
+    assert report.fused["whole layer"] == layers
     assert not report.kept and not report.notes and report.difference is not None
     step(model, ids)
     fused = step(model, ids)

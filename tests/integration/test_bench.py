@@ -27,11 +27,13 @@ def test_every_arm_of_a_step_trains_the_same(benchmarks):
 
     results = {}
     for arm in ("slothrl", "unfused", "peft"):
-        options = Namespace(arm=arm, shape="tiny", batch=2, length=24, steps=1, device="cpu", activations="attention")
+        options = Namespace(
+            arm=arm, shape="tiny", batch=2, length=24, steps=1, device="cpu", activations="attention", profile=False
+        )
         results[arm] = train_step.run_arm(options)
     losses, norms = ([r[key] for r in results.values()] for key in ("loss", "grad_norm"))
     assert losses == pytest.approx([losses[0]] * 3, rel=train_step.LOSS_TOLERANCE) and 6 < losses[0] < 8
-    assert norms == pytest.approx([norms[0]] * 3, rel=0.02) and norms[0] > 0.01
+    assert norms == pytest.approx([norms[0]] * 3, rel=train_step.NORM_TOLERANCE) and norms[0] > 1e-4
     assert "2 gated MLP" in results["slothrl"]["note"]
 
 
@@ -68,6 +70,6 @@ def test_the_command(capfd):
     assert main(["step", *options.split()]) == 0
     shown = capfd.readouterr().out
     assert "### SFT step, tiny shape, 1 x 16 tokens, nf4, LoRA r=16" in shown
-    assert "| slothrl | " in shown and "equal loss and a nonzero gradient in every arm" in shown
+    assert "| slothrl | " in shown and "equal loss and an equal gradient norm in every arm" in shown
     assert main(["nothing"]) == 2 and main(["--help"]) == 0
     assert "layers, step, kernels, logprobs" in capfd.readouterr().err

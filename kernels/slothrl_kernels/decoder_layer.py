@@ -1,0 +1,203 @@
+"""A decoder layer with LoRA on its projections as one step of autograd, with what it keeps chosen by its caller.
+
+    u = x + o(attention(q, k, v of norm(x)))        y = u + down(act(gate) * up), gate and up of norm(u)
+
+The forward runs kernels and GEMMs and no autograd. The backward computes again what was not kept, and never the output
+of down, nor anything behind it: y is no gradient's factor. Attention alone is differentiated by whoever computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from slothrl_kernels.glu import glu_backward, glu_forward
+from slothrl_kernels.layer_attention import Attended, attend, attend_backward
+from slothrl_kernels.layer_parts import LayerParts, Norm
+from slothrl_kernels.lora_flat import AdapterGradients, Adapters, adapter_values
+from slothrl_kernels.lora_group import LoraGroup, LoraOnto
+from slothrl_kernels.lora_math import Projection
+from slothrl_kernels.rms_norm_math import rms_norm_backward, rms_norm_forward
+
+HOLD = 4  # how many times a layer's width its tokens must be
+
+
+def decoder_layer(x: Tensor, parts: LayerParts, save: bool = True) -> Tensor:
+    """One decoder layer; gradients for x and for every adapter.
+
+    Args:
+        x: (B, S, h) bfloat16, float16, float32 or float64, the dtype of the computation.
+        parts: what the layer is made of; see `LayerParts`.
+        save: let autograd keep x, so that hooks on saved tensors see it; False: keep it past them. Inside of
+            `torch.utils.checkpoint`, whose hooks would run the layer once more for it.
+
+    Returns:
+        (B, S, h) of x's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, or a parameter that requires grad and is no adapter.
+    """
+    parts.check(x)
+    with torch.autocast(x.device.type, enabled=False):  # the dtypes are settled: autocast would choose anew
+        return _DecoderLayer.apply(x, parts, save, *parts.adapters())  # pyright: ignore
+
+
+class _Kept(NamedTuple):
+    """What a forward left for its backward beside x; None: to be computed again. u (M, h), inner (M, 2 F)."""
+
+    adapters: list[Adapters] | None = None
+    attended: Attended | None = None
+    u: Tensor | None = None
+    inner: Tensor | None = None
+
+
+class _Normed(NamedTuple):
+    """A norm's result and the projections of it: both [norm(x) | its x A'^T] (M, h + R), r (M,)."""
+
+    group: LoraGroup
+    both: Tensor
+    r: Tensor
+
+
+class _DecoderLayer(torch.autograd.Function):
+    """(x, parts, save, A and B of every projection) -> y; the adapters are given again for autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parts: LayerParts, save: bool, *adapters: Tensor | None) -> Tensor:
+        flat, follows = x.reshape(-1, x.size(-1)), any(ctx.needs_input_grad)
+        keep = parts.keep if follows else "input"
+        values = adapter_values(parts.groups, flat)
+        normed = _normed(flat, parts.first, parts.qkv, values[0], parts)
+        attended = attend(normed.group.forward(normed.both), x.shape, parts, watched=keep != "input")
+        u, _ = _onto_residual(LoraOnto(parts.o, values[1], flat, parts.impl), attended.rows, flat)
+        attended = attended if keep != "input" else None
+        normed = _normed(u, parts.second, parts.inner, values[2], parts)
+        inner = normed.group.forward(normed.both)
+        del normed
+        gate, up = inner.chunk(2, 1)
+        down = LoraOnto(parts.down, values[3], flat, parts.impl)
+        both = down.input_buffer(flat.size(0))
+        glu_forward(gate, up, parts.activation, parts.impl, both[:, : down.inputs])
+        if follows:
+            ctx.kept = _Kept(values if _holds(flat) else None, attended, *((u, inner) if keep == "all" else ()))
+            ctx.parts, ctx.versions, ctx.held = parts, _versions(adapters), None if save else x
+            ctx.save_for_backward(x if save else None)
+        del inner, gate, up, attended
+        return down.forward(both, u).view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *to_y: Tensor) -> tuple:
+        x = ctx.saved_tensors[0] if ctx.held is None else ctx.held
+        kept, ctx.kept = ctx.kept, _Kept()  # attention's own graph serves once
+        if _versions(ctx.parts.adapters()) != ctx.versions:
+            raise RuntimeError("an adapter was written to between the forward and its backward")
+        with torch.autocast(x.device.type, enabled=False):
+            to_x, found = _backward(x, to_y[0].reshape(-1, x.size(-1)), ctx.parts, kept)
+        return to_x.view(x.shape), None, None, *found
+
+
+def _backward(x: Tensor, to_y: Tensor, parts: LayerParts, kept: _Kept) -> tuple[Tensor, list[Tensor | None]]:
+    """dx (M, h) and the adapters' gradients, from x (B, S, h), dy (M, h) and what was kept."""
+    shape, x = x.shape, x.reshape(-1, x.size(-1))
+    values = kept.adapters or adapter_values(parts.groups, x)
+    gradients = AdapterGradients(parts.groups, x)
+    normed = _normed(x, parts.first, parts.qkv, values[0], parts)
+    if kept.attended is None:
+        attended = attend(normed.group.forward(normed.both, _holds(x)), shape, parts, watched=True)
+    else:
+        normed.group.shrink_into(normed.both)
+        attended = kept.attended
+    onto, rows = LoraOnto(parts.o, values[1], x, parts.impl), attended.rows
+    if kept.u is None:
+        u, shrunk = _onto_residual(onto, rows, x)
+        shrunk = shrunk.contiguous()
+    else:
+        u, shrunk = kept.u, onto.shrink(rows)
+    to_u = _mlp_backward(u, to_y, parts, values[2:], kept.inner, onto, gradients.found[2:])  # [du | du B]
+    del u
+    to_rows = onto.input_gradient(to_u)
+    onto.parameter_gradients(rows, shrunk, to_u, gradients.found[1])
+    del rows, shrunk
+    to_qkv = attend_backward(to_rows, attended, shape, parts)
+    del to_rows, attended
+    to_n, to_xa = normed.group.input_gradient(to_qkv)
+    normed.group.parameter_gradients(normed.both, to_xa, to_qkv, gradients.found[0])
+    del to_qkv
+    to_x = _norm_backward(to_n, to_u[:, : x.size(1)], x, normed.r, parts.first, parts)
+    return to_x, gradients.finish()
+
+
+def _mlp_backward(
+    u: Tensor,
+    to_y: Tensor,
+    parts: LayerParts,
+    values: list[Adapters],
+    inner: Tensor | None,
+    onto: LoraOnto,
+    gradients: list[Adapters],
+) -> Tensor:
+    """A buffer of `onto` with du (M, h) in it; the gradients of the adapters of gate, up and down go into theirs."""
+    normed = _normed(u, parts.second, parts.inner, values[0], parts)
+    if inner is None:
+        inner = normed.group.forward(normed.both, _holds(u))
+    else:
+        normed.group.shrink_into(normed.both)
+    down = LoraOnto(parts.down, values[1], u, parts.impl)
+    upstream = down.buffer(u.size(0))
+    upstream[:, : u.size(1)] = to_y
+    to_h = down.input_gradient(upstream)
+    # One pass gives h, dgate and dup, over the memory of dh, gate and up where a kernel runs.
+    h, to_inner = _glu_backward(inner, to_h, parts)
+    del inner, to_h
+    down.parameter_gradients(h, down.shrink(h), upstream, gradients[1])
+    del h, upstream
+    to_n, to_xa = normed.group.input_gradient(to_inner)
+    normed.group.parameter_gradients(normed.both, to_xa, to_inner, gradients[0])
+    del to_inner
+    out = onto.buffer(u.size(0))  # no sooner: gate, up and their weights are what a layer needs most memory for
+    _norm_backward(to_n, to_y, u, normed.r, parts.second, parts, out[:, : u.size(1)])
+    return out
+
+
+def _normed(x: Tensor, norm: Norm, group: Sequence[Projection], adapters: Adapters, parts: LayerParts) -> _Normed:
+    """The norm of x (M, h) in a buffer that its projections can work in."""
+    projections = LoraGroup(group, adapters, x, parts.impl)
+    both = projections.buffer(x.size(0))
+    options = (norm.weight, norm.eps, norm.shift, norm.cast_first)
+    return _Normed(projections, both, rms_norm_forward(x, None, *options, parts.impl, both[:, : x.size(1)])[2])
+
+
+def _onto_residual(onto: LoraOnto, rows: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """residual + the projection of rows (M, K), and their x A'^T (M, R), a view into all of the GEMM's input."""
+    both = onto.input_buffer(rows.size(0))
+    both[:, : onto.inputs] = rows
+    return onto.forward(both, residual), both[:, onto.inputs :]
+
+
+def _holds(x: Tensor) -> bool:
+    """Whether unpacked weights and adapters are little beside the activations of x (M, h), and stay until needed."""
+    return x.size(0) >= HOLD * x.size(1)
+
+
+def _versions(adapters: Sequence[Tensor | None]) -> list[int]:
+    return [t._version for t in adapters if t is not None]
+
+
+def _glu_backward(inner: Tensor, to_h: Tensor, parts: LayerParts) -> tuple[Tensor, Tensor]:
+    """h (M, F), and the gradient of gate and up beside each other (M, 2 F)."""
+    gate, up = inner.chunk(2, 1)
+    h, to_gate, to_up = glu_backward(gate, up, to_h, parts.activation, parts.impl, in_place=True)
+    written_over = to_gate.data_ptr() == gate.data_ptr()
+    return h, inner if written_over else torch.cat([to_gate, to_up], 1)
+
+
+def _norm_backward(
+    to_y: Tensor, to_sum: Tensor, x: Tensor, r: Tensor, norm: Norm, parts: LayerParts, out: Tensor | None = None
+) -> Tensor:
+    options = (norm.weight, norm.shift, norm.cast_first)
+    return rms_norm_backward(to_y, to_sum, x, r, *options, impl=parts.impl, out=out)[0]

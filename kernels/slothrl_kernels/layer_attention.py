@@ -1,0 +1,93 @@
+"""The attention half of a decoder layer up to the o projection, forward and backward, without autograd around it.
+
+Tokens are flat, M = B S. q, k and v lie beside each other, as one GEMM writes them, and their gradients do too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slothrl_kernels.layer_parts import LayerParts
+from slothrl_kernels.qk_norm_rope import qk_norm_rope_backward, qk_norm_rope_forward
+from slothrl_kernels.rope import rope_turn
+
+
+@dataclass
+class Attended:
+    """What attention was given and made: under autograd of its own, where a gradient is to follow.
+
+    raw: (M, N) q, k and v as the projections made them, where norms follow; else None.
+    q, k, v: (B, heads, S, width), leaves. out: (B, S, heads, width).
+    """
+
+    raw: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """(M, heads * width), without its history."""
+        out = self.out.detach()
+        return out.reshape(out.size(0) * out.size(1), -1)
+
+
+def attend(qkv: Tensor, shape: torch.Size, parts: LayerParts, watched: bool) -> Attended:
+    """Norms of q and k, rotation and attention on qkv (M, N), which is written over where no norm follows.
+
+    Args:
+        shape: (B, S, h) of the layer's input.
+        watched: whether a backward follows.
+    """
+    q, k, v = _heads(qkv, shape, parts)
+    tables, raw = parts.tables, None
+    if tables is not None and parts.norms is not None:
+        q, k, raw = *qk_norm_rope_forward(q, k, *parts.norms, *tables, parts.norm, parts.impl), qkv
+    elif tables is not None:
+        q, k = rope_turn(q, k, *tables, in_place=True, impl=parts.impl)
+    if not watched:
+        with torch.no_grad():
+            return Attended(raw, q, k, v, parts.attend(q, k, v))
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    # What attention saves stays on the device, whatever hooks are around.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+        return Attended(raw, q, k, v, parts.attend(q, k, v))
+
+
+def attend_backward(to_out: Tensor, attended: Attended, shape: torch.Size, parts: LayerParts) -> Tensor:
+    """The gradient of qkv (M, N) from that of the output's rows (M, heads * width)."""
+    leaves = (attended.q, attended.k, attended.v)
+    found = torch.autograd.grad(attended.out, leaves, to_out.view(attended.out.shape))
+    beside = torch.cat([_rows(x) for x in found], 1)
+    to_q, to_k, _ = _heads(beside, shape, parts)
+    tables = parts.tables
+    if tables is not None and parts.norms is not None and attended.raw is not None:
+        q, k, _ = _heads(attended.raw, shape, parts)
+        options = {"impl": parts.impl, "in_place": True}
+        made = qk_norm_rope_backward(to_q, to_k, q, k, *parts.norms, *tables, parts.norm, **options)
+        for target, value in ((to_q, made.q), (to_k, made.k)):
+            if target.data_ptr() != value.data_ptr():  # the reference makes new ones
+                target.copy_(value)
+    elif tables is not None:
+        rope_turn(to_q, to_k, *tables, backward=True, in_place=True, impl=parts.impl)
+    return beside
+
+
+def _heads(qkv: Tensor, shape: torch.Size, parts: LayerParts) -> list[Tensor]:
+    """Views (B, heads, S, width) of q, k and v."""
+    counts = [parts.heads, parts.kv_heads, parts.kv_heads]
+    pieces = qkv.view(shape[0], shape[1], -1, parts.width).split(counts, 2)
+    return [x.transpose(1, 2) for x in pieces]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, heads, S, width) -> (M, heads * width)."""
+    return x.transpose(1, 2).reshape(x.size(0) * x.size(2), -1)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,216 @@
+"""Projections with LoRA inside a larger step: into and out of buffers that the caller owns, without autograd.
+
+M tokens, K inputs, N the sum of the outputs N_i, R the sum of the ranks rounded up to 8. `lora_math`'s layouts, with
+nothing copied to put things side by side: whatever writes x or dy writes it into the left columns of a wider buffer.
+
+    Several on one input    [x | x A'^T] [W_i | B_i]^T = every y_i beside each other, one GEMM; all dy_i beside each
+                            other times the same matrix is [dx, lacking a part (R, K) | every dy_i B_i]
+    One onto a residual     residual + [x | x A'^T] [W | B]^T; [dy | dy B] [W ; A'] is dx
+
+A packed W_i is unpacked next to its neighbours in one buffer; dense weights are multiplied where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from slothrl_kernels.base_weight import dense
+from slothrl_kernels.lora_flat import Adapters, gradient_of_a, spans_of
+from slothrl_kernels.lora_math import Projection
+from slothrl_kernels.switch import Impl
+
+
+class LoraGroup:
+    """Projections of one input, in one pass over some tokens.
+
+    Args:
+        projections: of K inputs each; weights dense or packed.
+        adapters: A' and B of them, in the computation's dtype.
+        like: any tensor of the computation's dtype and device.
+        impl: of the nf4 kernels.
+    """
+
+    def __init__(self, projections: Sequence[Projection], adapters: Adapters, like: Tensor, impl: Impl) -> None:
+        self.projections, self.like = projections, like
+        self.impl: Impl = impl
+        self.inputs = projections[0].weight.shape[1]
+        self.rows = _slices(p.weight.shape[0] for p in projections)
+        self.spans = spans_of(projections)
+        self.a, self.b = adapters
+        self.rank = 0 if self.a is None else self.a.size(0)
+        self._whole: Tensor | None = None
+
+    @property
+    def outputs(self) -> int:
+        return self.rows[-1].stop
+
+    def buffer(self, tokens: int) -> Tensor:
+        """Memory for [x | x A'^T] (M, K + R)."""
+        return self.like.new_empty(tokens, self.inputs + self.rank)
+
+    def forward(self, both: Tensor, hold: bool = False) -> Tensor:
+        """Every y_i beside the others (M, N), of both (M, K + R), whose right columns are written here.
+
+        Args:
+            hold: keep the unpacked weights for `input_gradient`.
+        """
+        self.shrink_into(both)
+        if not self._packed:
+            return self._forward_dense(both)
+        whole = self._unpacked()
+        y = both @ whole.T if (bias := self._bias()) is None else torch.addmm(bias, both, whole.T)
+        self._whole = whole if hold else None
+        return y
+
+    def shrink_into(self, both: Tensor) -> None:
+        """x A'^T into the right columns of both (M, K + R)."""
+        if self.a is not None:
+            torch.mm(both[:, : self.inputs], self.a.T, out=both[:, self.inputs :])
+
+    def input_gradient(self, to_y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """dx (M, K) and every dy_i B_i (M, R) from all dy_i beside each other (M, N)."""
+        if not self._packed:
+            return self._input_gradient_dense(to_y)
+        whole, self._whole = self._whole, None
+        wide = to_y @ (self._unpacked() if whole is None else whole)  # (M, K + R)
+        if self.a is None:
+            return wide, None
+        to_xa = wide[:, self.inputs :]
+        return wide[:, : self.inputs].addmm_(to_xa, self.a), to_xa
+
+    def parameter_gradients(self, both: Tensor, to_xa: Tensor | None, to_y: Tensor, out: Adapters) -> None:
+        """dA and dB into `out`."""
+        if to_xa is None or out.a is None:
+            return
+        gradient_of_a(self.projections, out.a, to_xa, both[:, : self.inputs])
+        for b, rows, span in zip(out.b, self.rows, self.spans, strict=True):
+            if b is not None:
+                xa = both[:, self.inputs + span.start : self.inputs + span.stop]
+                torch.mm(to_y[:, rows].T, xa, out=b)
+
+    @property
+    def _packed(self) -> bool:
+        return not any(isinstance(p.weight, Tensor) for p in self.projections)
+
+    def _bias(self) -> Tensor | None:
+        """All biases beside each other (N,), zeros for those that have none."""
+        if all(p.bias is None for p in self.projections):
+            return None
+        parts = [
+            self.like.new_zeros(p.weight.shape[0]) if p.bias is None else p.bias.detach().to(self.like.dtype)
+            for p in self.projections
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _unpacked(self) -> Tensor:
+        """[W_i | B_i at its own columns of R] (N, K + R)."""
+        whole = self.like.new_empty(self.outputs, self.inputs + self.rank)
+        if sum(p.rank for p in self.projections) < self.rank or len(self.projections) > 1:
+            whole[:, self.inputs :].zero_()
+        for p, b, rows, span in zip(self.projections, self.b, self.rows, self.spans, strict=True):
+            dense(p.weight, whole.dtype, whole[rows, : self.inputs], self.impl)
+            if b is not None:
+                whole[rows, self.inputs + span.start : self.inputs + span.stop] = b
+        return whole
+
+    def _forward_dense(self, both: Tensor) -> Tensor:
+        y, x = both.new_empty(both.size(0), self.outputs), both[:, : self.inputs]
+        for p, b, rows, span in zip(self.projections, self.b, self.rows, self.spans, strict=True):
+            weight = dense(p.weight, both.dtype)
+            if p.bias is None:
+                torch.mm(x, weight.T, out=y[:, rows])
+            else:
+                torch.addmm(p.bias.detach().to(both.dtype), x, weight.T, out=y[:, rows])
+            if b is not None:
+                xa = both[:, self.inputs + span.start : self.inputs + span.stop]
+                y[:, rows].addmm_(xa, b.T)
+        return y
+
+    def _input_gradient_dense(self, to_y: Tensor) -> tuple[Tensor, Tensor | None]:
+        to_x, to_xa = None, None if self.a is None else to_y.new_zeros(to_y.size(0), self.rank)
+        for p, b, rows, span in zip(self.projections, self.b, self.rows, self.spans, strict=True):
+            weight = dense(p.weight, to_y.dtype)
+            to_x = to_y[:, rows] @ weight if to_x is None else to_x.addmm_(to_y[:, rows], weight)
+            if b is not None and to_xa is not None:
+                torch.mm(to_y[:, rows], b, out=to_xa[:, span])
+        assert to_x is not None
+        return to_x if to_xa is None or self.a is None else to_x.addmm_(to_xa, self.a), to_xa
+
+
+class LoraOnto:
+    """One projection, K -> N, whose result is added to a residual. Arguments as of `LoraGroup`."""
+
+    def __init__(self, projection: Projection, adapters: Adapters, like: Tensor, impl: Impl) -> None:
+        self.projection, self.like = projection, like
+        self.impl: Impl = impl
+        self.outputs, self.inputs = projection.weight.shape
+        self.a, self.b = adapters.a, adapters.b[0]
+        self.rank = 0 if self.a is None else self.a.size(0)
+
+    def input_buffer(self, tokens: int) -> Tensor:
+        """Memory for [x | x A'^T] (M, K + R)."""
+        return self.like.new_empty(tokens, self.inputs + self.rank)
+
+    def forward(self, both: Tensor, residual: Tensor) -> Tensor:
+        """residual + y (M, N), a new tensor, of both (M, K + R), whose right columns are written here.
+
+        One GEMM, and one rounding in the residual's size: a second would show in the stream of all layers.
+        """
+        p, inputs = self.projection, self.inputs
+        x, xa = both[:, :inputs], both[:, inputs:]
+        if self.a is not None:
+            torch.mm(x, self.a.T, out=xa)
+        if isinstance(p.weight, Tensor):
+            y = x @ dense(p.weight, both.dtype).T
+            if self.b is not None:
+                y.addmm_(xa[:, : p.rank], self.b.T)
+            y = y if p.bias is None else y.add_(p.bias.detach())
+            return y.add_(residual)
+        whole = both.new_empty(self.outputs, inputs + self.rank)  # [W | B]
+        dense(p.weight, both.dtype, whole[:, :inputs], self.impl)
+        if self.b is not None:
+            if p.rank < self.rank:
+                whole[:, inputs + p.rank :].zero_()
+            whole[:, inputs : inputs + p.rank] = self.b
+        y = torch.addmm(residual, both, whole.T)
+        return y if p.bias is None else y.add_(p.bias.detach())
+
+    def shrink(self, x: Tensor) -> Tensor | None:
+        """x A'^T (M, R)."""
+        return None if self.a is None else x @ self.a.T
+
+    def buffer(self, tokens: int) -> Tensor:
+        """Memory for [dy | dy B] (M, N + R)."""
+        return self.like.new_empty(tokens, self.outputs + self.rank)
+
+    def input_gradient(self, both: Tensor) -> Tensor:
+        """dx (M, K) of both (M, N + R), whose right columns are written here."""
+        p, outputs = self.projection, self.outputs
+        to_y = both[:, :outputs]
+        if self.b is not None:
+            if p.rank < self.rank:
+                both[:, outputs + p.rank :].zero_()
+            torch.mm(to_y, self.b, out=both[:, outputs : outputs + p.rank])
+        if isinstance(p.weight, Tensor):
+            to_x = to_y @ dense(p.weight, both.dtype)
+            return to_x if self.a is None else to_x.addmm_(both[:, outputs:], self.a)
+        whole = both.new_empty(outputs + self.rank, self.inputs)  # [W ; A']
+        dense(p.weight, both.dtype, whole[:outputs], self.impl)
+        if self.a is not None:
+            whole[outputs:] = self.a
+        return both @ whole
+
+    def parameter_gradients(self, x: Tensor, xa: Tensor | None, both: Tensor, out: Adapters) -> None:
+        """dA and dB into `out`; `both` as `input_gradient` left it."""
+        if out.a is None or out.b[0] is None or xa is None:
+            return
+        gradient_of_a([self.projection], out.a, both[:, self.outputs :], x)
+        torch.mm(both[:, : self.outputs].T, xa[:, : self.projection.rank], out=out.b[0])
+
+
+def _slices(sizes) -> list[slice]:
+    return [slice(begin, end) for begin, end in pairwise([0, *accumulate(sizes)])]
