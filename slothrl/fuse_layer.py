@@ -85,6 +85,10 @@ class FusedLayer(Replacement):
         self.readers = [LinearReader(linear) for linear in (*attention.linears, *self.inner)]
         inside = [m for m in module.modules() if m is not module]
         self.dropouts = [m for m in inside if isinstance(m, nn.modules.dropout._DropoutNd)]
+        held = {*attention.linears, *self.inner, attention.module, mlp.module}
+        self.places = [
+            (m, name, child) for m in module.modules() for name, child in m.named_children() if child in held
+        ]
         self.hooks = [vars(m)[name] for m in inside for name in _HOOKS]  # the modules' own: they fill and empty
         self._planned: LayerParts | None = None  # by `Direct`, for the forward that follows
 
@@ -160,10 +164,10 @@ class FusedLayer(Replacement):
         return True
 
     def _plain(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether nothing is asked for beside the result, and nobody watches or changes the modules inside."""
+        """Whether only the result is asked for, and the modules inside are those of old, watched by nobody."""
         if kwargs.get("past_key_values") is not None or kwargs.get("output_attentions"):
             return False
-        if any(self.hooks):
+        if any(self.hooks) or any(parent._modules.get(name) is not child for parent, name, child in self.places):
             return False
         return not any(m.p and m.training for m in self.dropouts)
 

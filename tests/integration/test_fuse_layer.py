@@ -173,6 +173,16 @@ def test_what_one_step_does_not_do(folders, taken):  # noqa: F811
     assert took(taken) == []
 
 
+def test_after_peft_took_its_layers_away(folders, taken):  # noqa: F811
+    model, twin = adapted(folders("llama")), adapted(folders("llama"))
+    fuse(model)
+    took(taken)
+    with torch.no_grad():
+        ours, theirs = (m.unload()(input_ids=IDS, use_cache=False).logits for m in (model, twin))
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-5)
+    assert took(taken) == []
+
+
 def test_dropout_is_said(folders):  # noqa: F811
     report = fuse(adapted(folders("llama"), lora_dropout=0.1))
     assert "whole layer" not in report.fused and "LoRA dropout" in report.notes[0]
