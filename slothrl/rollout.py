@@ -96,6 +96,7 @@ def attach_engine(prepared: Prepared, trainer, base: Base, console: Console) -> 
     console.print(
         f"policy probe: vLLM and the trainer differ by {difference:.4f} nat; a test LoRA moved vLLM by {moved:.2f} nat"
         f" and left them {apart:.4f} apart"
+        + (f"; too little to tell alone: {', '.join(probe.undecided)}" if probe.undecided else "")
     )
     trainer.attach(engine, probe)
     return engine

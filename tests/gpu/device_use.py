@@ -9,27 +9,30 @@ import sys
 import torch
 
 BARE_CONTEXT = 0.6e9  # bytes, about, on an H100
+OWN_CONTEXT = 0.8e9  # bytes, with cuBLAS and some kernels loaded
 NOBODY = 0.4e9  # bytes in use on a device that nobody uses, at most; a CUDA context takes more
 
 
 def used_by_others() -> int | None:
-    """Bytes in use on the first device; None where there is none. Call it before this process has a context.
+    """Bytes in use on the first device beside this process; None where there is none.
 
-    By nvidia-smi, and all users count, since inside a container it lists no processes. Where it is not installed, by
-    the driver's figure for a process of its own, less what a bare context takes.
+    By nvidia-smi, and all users count, since inside a container it lists no processes; less what this process has of
+    torch, and a context with kernels loaded where it has one (importing bitsandbytes makes one). Where nvidia-smi is
+    not installed, by the driver's figure for a process of its own, less what a bare context takes.
     """
-    if torch.cuda.is_initialized():
-        raise RuntimeError("used_by_others() belongs before the first use of CUDA")
     if not torch.cuda.is_available():
         return None
+    mine = torch.cuda.memory_reserved() + OWN_CONTEXT if torch.cuda.is_initialized() else 0
     if shutil.which("nvidia-smi") is None:
         asked = "import torch; free, total = torch.cuda.mem_get_info(); print(total - free)"
         done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
-        return max(0, int(done.stdout) - int(BARE_CONTEXT))
+        return max(0, int(done.stdout) - int(BARE_CONTEXT) - int(mine))
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     done = subprocess.run(query, capture_output=True, text=True)
     words = done.stdout.split()
-    return int(words[0]) * 2**20 if done.returncode == 0 and words and words[0].isdigit() else None
+    if done.returncode != 0 or not words or not words[0].isdigit():
+        return None
+    return max(0, int(words[0]) * 2**20 - int(mine))
 
 
 def why_not_alone() -> str | None:

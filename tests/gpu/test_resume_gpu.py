@@ -87,7 +87,8 @@ def model(tmp_path) -> str:
 
 
 def begin(arguments: list[str], printed: Path) -> subprocess.Popen:
-    path = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "rewards"))
+    known = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([*(str(ROOT / part) for part in ("", "kernels", "rewards")), *([known] if known else [])])
     with printed.open("a") as file:
         command = [sys.executable, "-m", "slothrl", *arguments]
         return subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, "PYTHONPATH": path})
