@@ -33,7 +33,7 @@ def test_packs_and_layers():
     assert (found.completions, found.group, found.fused, found.offload) == (64, 8, True, False)
     assert not settings("packing=off").packs and not settings("algo=sft").packs
     assert settings("model.fuse=auto", "model.activations=offload").offload
-    assert settings("model.fuse=auto").fused and not settings().fused
+    assert settings("model.fuse=auto").fused and settings().fused and not settings("model.fuse=off").fused
 
 
 def test_two_bases():
