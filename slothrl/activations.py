@@ -96,33 +96,44 @@ class Activations:
         if self.host is not None:
             self.host.begin()
         if self.policy != "offload" and given is not None and given.dim() >= 2 and torch.is_grad_enabled():
-            self.attending = self._how_many(given.size(0), given.size(1), given.device)
+            layout = kwargs.get("packed_layout")  # its tokens do not all see each other
+            reach = given.size(1) if layout is None else layout.max_position + 1
+            self.attending = self._how_many(given.size(0) * given.size(1), reach, given.device)
 
-    def _how_many(self, batch: int, length: int, device: torch.device) -> int:
-        """Layers whose attention is kept: all or none of them by what it is worth, and as many as fit."""
-        config, count = self.layers[0].self_attn.config, len(self.layers)
+    def _how_many(self, tokens: int, reach: int, device: torch.device) -> int:
+        """Layers whose attention is kept: all or none of them by what it is worth, and as many as fit.
+
+        Args:
+            tokens: of the forward. reach: the most keys that one of them sees.
+        """
+        count = len(self.layers)
         if self.policy == "auto" and device.type != "cuda":
             return 0
-        heads = config.num_attention_heads
-        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-        if self.policy == "auto" and _attention_share(self.layers[0], length, width) < WORTH:
+        if self.policy == "auto" and _attention_share(self.layers[0], reach, self._width) < WORTH:
             return 0
         if device.type != "cuda":
             return count
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        # A layer that is fused as a whole keeps what its attention was given, too.
-        fused = fused_layer(self.layers[0])
-        numbers = width if fused is None else width + fused.attention.numbers
-        return min(count, int(SHARE * free / (batch * length * (2 * numbers + 4 * heads))))
+        return min(count, int(SHARE * free / (tokens * self._layer_bytes())))
 
     def bytes_per_token(self, tokens: int) -> int:
-        """Attention's outputs, 16 bits, and log-sum-exps, of as many layers as would keep them."""
-        config = self.layers[0].self_attn.config
-        heads = config.num_attention_heads
-        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        """What as many layers as would keep it keep of their attention for each of `tokens` tokens in one row."""
         device = next(self.layers[0].parameters()).device
-        return self._how_many(1, tokens, device) * (2 * width + 4 * heads)
+        return self._how_many(tokens, tokens, device) * self._layer_bytes()
+
+    @property
+    def _width(self) -> int:
+        config = self.layers[0].self_attn.config
+        return config.num_attention_heads * (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+
+    def _layer_bytes(self) -> int:
+        """A token's attention output in 16 bits and log-sum-exp; what it was given too, where the layer is one step."""
+        fused = fused_layer(self.layers[0])
+        numbers = self._width if fused is None else self._width + fused.attention.numbers
+        return 2 * numbers + 4 * self.layers[0].self_attn.config.num_attention_heads
 
 
 class _Checkpoint:

@@ -57,6 +57,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "packed, fused layers": {"mode": "on", "shared_prefix": "always"},
 }
 FUSED = "packed, fused layers"
+KEPT = "packed, fused layers, attention kept"  # where memory is plenty: nothing of attention is computed twice
+ARMS[KEPT] = ARMS[FUSED]
 PEERS = {"TRL": "trl", "Unsloth": "unsloth"}
 
 
@@ -147,7 +149,7 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def model_of(tiny: bool, fused: bool) -> Any:
+def model_of(tiny: bool, fused: bool, activations: str = "auto") -> Any:
     """The PEFT model, the same at every call, on the GPU where there is one."""
     fields = {**LLAMA_3_8B, **(TINY if tiny else {}), "max_position_embeddings": 32768}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -156,7 +158,7 @@ def model_of(tiny: bool, fused: bool) -> Any:
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     if fused:
         fuse(model)
-        keep_activations(model, "auto")
+        keep_activations(model, activations)
     return model
 
 
@@ -173,7 +175,7 @@ def arguments_of(shape: Shape, steps: int) -> GRPOConfig:
 
 def measure(arm: str, shape: Shape, tiny: bool, profile: bool = False) -> dict[str, Any]:
     """One arm of one shape in this process."""
-    model = model_of(tiny, arm == FUSED)
+    model = model_of(tiny, arm in (FUSED, KEPT), "attention" if arm == KEPT else "auto")
     base = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     steps = 1 + shape.steps
     trainer = Watched(

@@ -17,12 +17,13 @@ measure() {
 }
 
 fused="packed, fused layers"
+kept="packed, fused layers, attention kept"
 # 150 s. A table of four steps and their median, the phases' memory, "every demand is met" (update at most 6.5 s, the rest
 # 0.5 s, 30 GB, a gradient, an importance ratio near 1). Where the probe refuses random weights: rollout.probe=false.
 measure full "$python" tests/gpu/bench_grpo_full.py
 # 90 s. The update alone: about 6.1 s fused, 69,504 tokens in 4 micro-batches; MEMORY: KB a token kept and at the most;
 # "the same gradient in every arm": what fused and plain layers train on must be one thing.
-measure main "$python" tests/gpu/bench_grpo_step.py --shapes main --arms "$fused;packed"
+measure main "$python" tests/gpu/bench_grpo_step.py --shapes main --arms "$fused;$kept;packed"
 # 90 s. 8 completions of 20,480 tokens: at most 16 GB beyond the base, about 13 computed.
 measure long-completion "$python" tests/gpu/bench_grpo_step.py --shapes long-completion --arms "$fused"
 # 150 s. Ours beside both peers at prompt 2,048: "times our seconds", TRL at least 4, Unsloth 2.5.

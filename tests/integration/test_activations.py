@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from slothrl_kernels import PackedLayout
 from test_fuse import IDS, adapted, assert_same, folders, step  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -95,7 +96,21 @@ def test_auto_keeps_attention_where_it_is_much(folders):  # noqa: F811
     weights = sum(m.in_features * m.out_features for m in layer.modules() if type(m) is torch.nn.Linear)
     assert _attention_share(layer, 1000, 128) == pytest.approx(256000 / (256000 + 2 * weights))
     assert _attention_share(layer, 8, 128) < WORTH < _attention_share(layer, 4096, 128)
-    assert kept._how_many(1, 4096, torch.device("cpu")) == 0  # nothing is measured there
+    assert kept._how_many(4096, 4096, torch.device("cpu")) == 0  # nothing is measured there
+
+
+def test_a_pack_is_judged_by_its_longest_sequence(folders, monkeypatch):  # noqa: F811
+    """4,096 tokens of 64 sequences attend no further than 64 do."""
+    model = checkpointed(folders("llama"))
+    keep_activations(model, "attention")
+    kept: Activations = vars(model)["_slothrl_activations"]
+    asked = []
+    monkeypatch.setattr(kept, "_how_many", lambda tokens, reach, device: asked.append((tokens, reach)) or 0)
+    layout = PackedLayout.build([10, 54, 54, 7], [-1, 0, 0, -1])
+    decoder = model.get_base_model().model
+    kept._before_forward(decoder, (), {"input_ids": torch.zeros(1, 125), "packed_layout": layout})
+    kept._before_forward(decoder, (), {"input_ids": torch.zeros(2, 30)})
+    assert asked == [(125, 64), (60, 30)]
 
 
 def test_reentrant_checkpointing_and_others_stay(folders):  # noqa: F811

@@ -4,9 +4,11 @@ import random
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, Qwen3Config
 
 from slothrl.activations import attention_bytes, keep_activations
+from slothrl.fuse import fuse
 from slothrl.packed_batch import build_pack, rows_to_pack
 from slothrl.packing import Block, Row, plan_micro_batches, sharing_pays, useful_tokens
 from slothrl.token_budget import bytes_per_token, bytes_to_come, token_budget, tokens_that_fit
@@ -168,6 +170,10 @@ def test_what_is_kept_of_attention_is_counted_by_the_policy():
     for policy, wanted in {"attention": 2 * (2 * 64 + 4 * 4), "offload": 0, "auto": 0}.items():  # auto: on a GPU
         keep_activations(model, policy)
         assert attention_bytes(model, 1000) == wanted
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    fuse(model)
+    keep_activations(model, "attention")  # a layer that is one step keeps q, k and v too: 4 and 2 x 2 heads of 16
+    assert attention_bytes(model, 1000) == 2 * (2 * (64 + 64 + 2 * 32) + 4 * 4)
 
 
 def test_long_completions_stay_under_16_gb_beyond_the_cache():
