@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slothrl_kernels.switch import HAS_TRITON, Impl, jit, takes_triton
+from slothrl_kernels.rope_kernels import rope_kernel
+from slothrl_kernels.switch import HAS_TRITON, Impl, takes_triton
 
 if TYPE_CHECKING or HAS_TRITON:
     import triton
-    import triton.language as tl
 
 TILE = 1024  # pairs a program holds at once
 
@@ -151,7 +151,7 @@ def _turn(heads: list[Tensor], cos: Tensor, sin: Tensor, backward: bool, in_plac
     half_block = triton.next_power_of_2(turned // 2)
     if min(batch, length) > 0:
         with torch.cuda.device_of(q):
-            _rope_kernel[(batch * length,)](
+            rope_kernel[(batch * length,)](
                 q,
                 k,
                 *outputs,
@@ -176,128 +176,3 @@ def _turn(heads: list[Tensor], cos: Tensor, sin: Tensor, backward: bool, in_plac
     if in_place:  # back from the copies that strides forced
         outputs = [y.detach() if x is y else y.detach().copy_(x) for x, y in zip(inputs, heads, strict=True)]
     return outputs
-
-
-@jit
-def _turn_heads(
-    x,
-    y,
-    x_stride,
-    y_stride,
-    heads,
-    first_cos,
-    first_sin,
-    second_cos,
-    second_sin,
-    half,
-    rest,
-    BACKWARD: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-):
-    """All heads of one token: x and y point at its first head."""
-    place = tl.arange(0, HALF)
-    for start in range(0, heads, HEADS):
-        head = (start + tl.arange(0, HEADS)).to(tl.int64)[:, None]
-        inside = (head < heads) & (place[None, :] < half)
-        source = x + head * x_stride + place[None, :]
-        a = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
-        if BACKWARD:
-            c = a * first_cos + b * second_sin
-            d = b * second_cos - a * first_sin
-        else:
-            c = a * first_cos - b * first_sin
-            d = b * second_cos + a * second_sin
-        target = y + head * y_stride + place[None, :]
-        tl.store(target, c.to(y.dtype.element_ty), mask=inside)
-        tl.store(target + half, d.to(y.dtype.element_ty), mask=inside)
-        if rest > 0:
-            place_rest = tl.arange(0, REST)[None, :]
-            inside_rest = (head < heads) & (place_rest < rest)
-            kept = tl.load(x + head * x_stride + 2 * half + place_rest, mask=inside_rest, other=0.0)
-            tl.store(y + head * y_stride + 2 * half + place_rest, kept, mask=inside_rest)
-
-
-@jit
-def _rope_kernel(
-    q,
-    k,
-    q_out,
-    k_out,
-    cos,
-    sin,
-    q_batch,
-    q_head,
-    q_token,
-    k_batch,
-    k_head,
-    k_token,
-    q_out_batch,
-    q_out_head,
-    q_out_token,
-    k_out_batch,
-    k_out_head,
-    k_out_token,
-    cos_batch,
-    cos_token,
-    sin_batch,
-    sin_token,
-    length,
-    q_heads,
-    k_heads,
-    half,
-    rest,
-    BACKWARD: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-):
-    batch = (tl.program_id(0) // length).to(tl.int64)  # 64 bits: batch * stride may pass 2**31
-    token = (tl.program_id(0) % length).to(tl.int64)
-    place = tl.arange(0, HALF)
-    cos += batch * cos_batch + token * cos_token
-    sin += batch * sin_batch + token * sin_token
-    first_cos = tl.load(cos + place, mask=place < half, other=0.0).to(tl.float32)[None, :]
-    first_sin = tl.load(sin + place, mask=place < half, other=0.0).to(tl.float32)[None, :]
-    second_cos = tl.load(cos + half + place, mask=place < half, other=0.0).to(tl.float32)[None, :]
-    second_sin = tl.load(sin + half + place, mask=place < half, other=0.0).to(tl.float32)[None, :]
-    q += batch * q_batch + token * q_token
-    q_out += batch * q_out_batch + token * q_out_token
-    _turn_heads(
-        q,
-        q_out,
-        q_head,
-        q_out_head,
-        q_heads,
-        first_cos,
-        first_sin,
-        second_cos,
-        second_sin,
-        half,
-        rest,
-        BACKWARD,
-        HEADS,
-        HALF,
-        REST,
-    )
-    k += batch * k_batch + token * k_token
-    k_out += batch * k_out_batch + token * k_out_token
-    _turn_heads(
-        k,
-        k_out,
-        k_head,
-        k_out_head,
-        k_heads,
-        first_cos,
-        first_sin,
-        second_cos,
-        second_sin,
-        half,
-        rest,
-        BACKWARD,
-        HEADS,
-        HALF,
-        REST,
-    )
