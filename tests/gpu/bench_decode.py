@@ -6,7 +6,8 @@
     python tests/gpu/bench_decode.py --shape 8b --profile        # also where a step's time goes, kernel by kernel
 
 Random weights of the shape, LoRA r=16 on all linear layers, CUDA graphs, prompts of 512 tokens and 256 more: the time
-of a step is that of generating 257 tokens less that of generating one, over 256. "-no-lora" behind an arm: without.
+of a step is that of generating 257 tokens less that of generating one, over 256. Behind an arm's name: "-no-lora",
+"-view" (slothrl only: from a 16-bit view of the base, LoRA folded in), "-fp8" (an FP8 KV cache).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def start(arm: str, folder: str, kv_gb: float):
     from slothrl import vllm_compat, vllm_linear
 
     vllm = vllm_compat.import_vllm()
-    base, _, without = arm.partition("-")
+    base, _, variant = arm.partition("-")
+    without = variant == "no-lora"
     arguments: dict[str, Any] = {
         "model": folder,
         "load_format": register_random_loader(),
@@ -46,11 +48,12 @@ def start(arm: str, folder: str, kv_gb: float):
         "gpu_memory_utilization": 0.1,
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
+        "kv_cache_dtype": "fp8" if variant == "fp8" else "auto",
         "compilation_config": {"cudagraph_capture_sizes": GRAPHS},
     }
     if base == "slothrl":
         vllm_linear.register()
-        wanted = {"rank": RANK, "targets": [] if without else list(TARGETS)}
+        wanted = {"rank": RANK, "targets": [] if without else list(TARGETS), "view": variant == "view"}
         arguments |= {"quantization": vllm_linear.NF4, "additional_config": {"slothrl": wanted}}
     else:
         arguments |= {"quantization": "bitsandbytes"} if base == "bitsandbytes" else {}
@@ -66,6 +69,8 @@ def start(arm: str, folder: str, kv_gb: float):
     llm = vllm.LLM(**arguments)
     if not without:
         fill_lora(llm, base == "slothrl")
+    if variant == "view":
+        vllm_linear.fill_views(vllm_compat.model_of(llm))
     return llm
 
 
@@ -105,7 +110,7 @@ def measure(options: argparse.Namespace, arms: list[str]) -> None:
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    request = None if arm.startswith("slothrl") or "-" in arm else LoRARequest("bench", 1, "/in-memory")
+    request = None if arm.startswith("slothrl") or "no-lora" in arm else LoRARequest("bench", 1, "/in-memory")
     vocabulary = llm.llm_engine.vllm_config.model_config.hf_config.vocab_size
 
     def seconds(count: int, tokens: int, prompt: int = PROMPT, same: int = 1) -> float:
