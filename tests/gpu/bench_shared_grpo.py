@@ -51,7 +51,7 @@ def curves(arguments: argparse.Namespace) -> None:
     for kind, override in KINDS[arguments.compare].items():
         for seed in SEEDS:
             line = f"{COMMON} {NF4} {CURVES} model.name={arguments.model} trainer.max_steps={arguments.steps or 40}"
-            folder = arguments.out / f"{kind.split()[0]}-{seed}"
+            folder = arguments.out / f"{override.rpartition('=')[2]}-{seed}"
             runs.append((kind, seed, folder, start(folder, f"{line} {override} seed={seed}")))
     for _, _, folder, process in runs:
         print(folder.name, "ended with", process.wait(), flush=True)
