@@ -71,14 +71,24 @@ class AdapterGradients:
         found = self.found
         if len(dtypes) == 1 and self.flat.dtype not in dtypes:
             found = _views(self.places, self.flat.to(dtypes.pop()))
-        result: list[Tensor | None] = []
-        for group, adapters, place in zip(self.groups, found, self.places.groups, strict=True):
-            for p, span, b in zip(group, place.spans, adapters.b, strict=True):
-                if p.a is None or p.b is None or adapters.a is None or b is None:
-                    result += [None, None]
-                else:
-                    result += [adapters.a[span].to(p.a.dtype), b.to(p.b.dtype)]
-        return result
+        return _by_parameter(self.groups, self.places, found)
+
+
+def views_of_gradients(groups: Groups, flat: Tensor) -> list[Tensor | None]:
+    """dA_1, dB_1, dA_2, … as parts of `flat`, which holds what `AdapterGradients.flat` does."""
+    places = _places_of(groups)
+    return _by_parameter(groups, places, _views(places, flat))
+
+
+def _by_parameter(groups: Groups, places: _Places, found: list[Adapters]) -> list[Tensor | None]:
+    result: list[Tensor | None] = []
+    for group, adapters, place in zip(groups, found, places.groups, strict=True):
+        for p, span, b in zip(group, place.spans, adapters.b, strict=True):
+            if p.a is None or p.b is None or adapters.a is None or b is None:
+                result += [None, None]
+            else:
+                result += [adapters.a[span].to(p.a.dtype), b.to(p.b.dtype)]
+    return result
 
 
 def gradient_of_a(group: Sequence[Projection], out: Tensor, to_xa: Tensor, x: Tensor) -> None:
