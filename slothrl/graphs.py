@@ -18,7 +18,7 @@ from slothrl_kernels.graphed_layer import Recorded, addresses, bucket, graphed_l
 from slothrl_kernels.layer_frame import Frame, adapter_dtypes, frame_key, frame_widths
 from slothrl_kernels.layer_parts import LayerParts
 from slothrl_kernels.layer_recorder import CudaGraphs, Recorder
-from torch import Tensor, nn
+from torch import Tensor
 
 from slothrl.fuse_layer import fused_layer
 from slothrl.pace import Pace
@@ -115,6 +115,8 @@ class LayerGraphs:
 
     def _record(self, layer: Any, kind: tuple, x: Tensor, parts: LayerParts) -> Recorded | None:
         try:
+            if kind not in self.recorded:
+                self.recorder.begin()
             frame = self._frame(kind[0], x, parts)
             made = record_layer(parts, frame, kind[0], self.recorder)
         except Exception as error:  # what cannot be recorded runs as before
@@ -143,10 +145,11 @@ class LayerGraphs:
         self.stopped = why
         self.recorded.clear()
         self._frames.clear()
+        self.recorder.close()
         warnings.warn(f"layers run without CUDA graphs from here on: {why}", stacklevel=2)
 
 
-def graph_layers(model: nn.Module, wish: str, recorder: Recorder | None = None) -> Rows:
+def graph_layers(model: Any, wish: str, recorder: Recorder | None = None) -> Rows:
     """Let the whole layers of a fused model run by CUDA graphs as `model.graphs` asks for; rows for the plan table.
 
     Args:
@@ -175,7 +178,7 @@ def graph_layers(model: nn.Module, wish: str, recorder: Recorder | None = None) 
     return [("graphs", f"CUDA graphs of {len(layers)} layers for numbers of tokens that come again{when}")]
 
 
-def graphs_of(model: nn.Module) -> LayerGraphs | None:
+def graphs_of(model: Any) -> LayerGraphs | None:
     """What `graph_layers` put into a model."""
     found = (fused_layer(module) for module in model.modules())
     return next((fused.graphs for fused in found if fused is not None and fused.graphs is not None), None)

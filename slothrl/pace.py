@@ -16,8 +16,8 @@ SLOWER = 1.2  # times the host's time that the device may take for the host to c
 class Pace:
     """Measurements of one kind of call.
 
-    Where the device has nothing else to do it waits for the host, and its time for the call is the host's; where it has,
-    its time is that of its own work. So a device that takes longer than the host is the one that is waited for.
+    A device that has nothing else to do waits for the host, and its time for the call is the host's; one that has takes
+    the time of its own work. So a device that takes longer than the host is the one that is waited for.
     """
 
     def __init__(self) -> None:

@@ -19,10 +19,10 @@ from slothrl_kernels.lora_flat import AdapterGradients
 def frame_widths(parts: LayerParts, x: Tensor) -> dict[str, int]:
     """Entries a token of every buffer that a layer of these parts needs.
 
-    x: the layer's input. qkv: as projected, or rotated where no norms are between. turned: the normed and rotated, later
-    the gradient of q, k and v; without norms that takes qkv's place. rows: attention's output, then its gradient. state:
-    the layer's output, then that one's gradient, then the input's. to_u: the gradient after attention. u, inner: what a
-    layer that keeps all gives away and gets back. cos, sin.
+    x: the layer's input. qkv: as projected, and rotated where no norms come first. turned: normed and rotated, later
+    the gradient of q, k and v, which takes qkv's place without norms. rows: attention's output, then its gradient.
+    state: the layer's output, then that one's gradient, then the input's. to_u: the gradient after attention. u, inner:
+    what a layer that keeps all gives away and gets back. cos, sin.
     """
     hidden, wide = x.size(-1), parts.heads * parts.width
     qkv = wide + 2 * parts.kv_heads * parts.width
@@ -87,14 +87,14 @@ class Frame:
         self._tables = None
 
     def set_tables(self, tables: tuple[Tensor, Tensor] | None, shape: torch.Size) -> None:
-        """cos and sin (B or 1, S, R) of the tokens of (B, S, h) in a row; nothing where they are those of the last time."""
+        """cos and sin (B or 1, S, R), token by token of (B, S, h); nothing to do where they are those of last time."""
         if tables is None:
             return
         # Held, so that no other tensors can be taken for these two.
         seen = [tuple(shape[:2]), *(None if t.is_inference() else t._version for t in tables)]
-        if self._tables is not None and all(a is b for a, b in zip(self._tables, tables, strict=True)):
-            if self._seen == seen:
-                return
+        before = self._tables
+        if before is not None and before[0] is tables[0] and before[1] is tables[1] and self._seen == seen:
+            return
         for name, table in zip(("cos", "sin"), tables, strict=True):
             self.fill(name, table.expand(shape[0], -1, -1).reshape(shape[0] * shape[1], -1))
         self._tables, self._seen = tables, seen

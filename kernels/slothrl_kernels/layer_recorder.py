@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
 
 import torch
 
@@ -21,8 +21,16 @@ class Recorder(Protocol):
         """Whether recordings may be made and run now."""
         ...
 
+    def begin(self) -> None:
+        """Called before the first of several recordings."""
+        ...
+
     def record(self, call: Callable[[], None]) -> Replay:
         """Run `call`, and return what does the same to the same memory again."""
+        ...
+
+    def close(self) -> None:
+        """Called when no recording is used any more."""
         ...
 
 
@@ -34,16 +42,22 @@ class Rerun:
     def ready(self) -> bool:
         return True
 
+    def begin(self) -> None:
+        return
+
     def record(self, call: Callable[[], None]) -> Replay:
         call()
         return call
+
+    def close(self) -> None:
+        return
 
 
 class CudaGraphs:
     """CUDA graphs in one pool of memory that is nobody else's, on the stream that was current when this was made.
 
     Nothing allocated in a recording may outlive it, so every recording uses the same memory again: the pool is as large
-    as the largest of them needs. vLLM's threads and its own graphs are not disturbed: the capture minds this thread only.
+    as the largest of them needs. vLLM's threads and its graphs are not disturbed: a capture minds its own thread alone.
 
     Raises (by `record`): whatever the callable raises, and RuntimeError where it does something that no graph can hold;
         the stream is as usable as before then.
@@ -53,10 +67,17 @@ class CudaGraphs:
         self.nbytes = 0
         self._stream = torch.cuda.current_stream()
         self._capture = torch.cuda.Stream(self._stream.device)
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
+        self._anchor: Replay | None = None  # torch does not take a pool again whose last graph is gone
 
     def ready(self) -> bool:
         return torch.cuda.current_stream() == self._stream and not torch.cuda.is_current_stream_capturing()
+
+    def begin(self) -> None:
+        torch.cuda.empty_cache()  # in a capture torch cannot give back what it only caches
+        if self._anchor is None:
+            self._pool = torch.cuda.graph_pool_handle()
+            self._anchor = self.record(self._nothing)
 
     def record(self, call: Callable[[], None]) -> Replay:
         call()  # compiles and loads kernels, fills the caches of cuBLAS and of Python: none of that can be captured
@@ -67,19 +88,37 @@ class CudaGraphs:
             try:
                 call()
             except BaseException:
-                _abandon(graph)
+                self._abandon(graph)
                 raise
-            graph.capture_end()
+            self._end(graph)
         self.nbytes += max(0, torch.cuda.memory_reserved(self._stream.device) - before)
         return graph.replay
 
+    def _nothing(self) -> None:
+        torch.zeros(1, device=self._stream.device)
 
-def _abandon(graph: torch.cuda.CUDAGraph) -> None:
-    """End a capture that failed; the stream is in capture until somebody does."""
-    try:
-        graph.capture_end()
-    except RuntimeError:  # says again that it failed
-        return
+    def close(self) -> None:
+        self._anchor, self._pool, self.nbytes = None, None, 0
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            self._forget_capture()
+            raise
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that failed: the stream is in it until somebody does."""
+        with suppress(RuntimeError):  # says again that it failed
+            graph.capture_end()
+            return
+        self._forget_capture()
+
+    def _forget_capture(self) -> None:
+        """torch's allocator believes in a capture, and keeps what other streams free, until it is told of the end."""
+        for tell in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+            with suppress(RuntimeError):  # it knows
+                tell(self._stream.device_index, self._pool)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from tests.kernels.test_lora_linear import values
 
 
 class Played:
-    """In the place of `decoder_layer`: records once and plays from then on, for as long as the addresses are the same."""
+    """In the place of `decoder_layer`: records once and plays from then on, while the addresses are the same."""
 
     def __init__(self, rows):
         self.rows, self.recorded, self.parts, self.times = rows, None, None, 0
@@ -105,7 +105,9 @@ def test_several_forwards_before_the_backwards():
         ys = [call(*one), call(*two)]
         assert all(torch.allclose(y, w[0], atol=1e-6) for y, w in zip(ys, wanted, strict=True))
         upstream = values(2, 7, 64, seed=20)
-        found = [torch.autograd.grad(y, [x[i] for i in wanted_of(x)], upstream) for y, x in zip(ys, (one, two), strict=True)]
+        found = [
+            torch.autograd.grad(y, [x[i] for i in wanted_of(x)], upstream) for y, x in zip(ys, (one, two), strict=True)
+        ]
         for ours, plain in zip(found, wanted, strict=True):
             for a, b in zip(ours, plain[1:], strict=True):
                 torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
