@@ -115,10 +115,19 @@ class CudaGraphs:
         self._forget_capture()
 
     def _forget_capture(self) -> None:
-        """torch's allocator believes in a capture, and keeps what other streams free, until it is told of the end."""
+        """torch's allocator and its random generator believe in a capture until they are told of its end.
+
+        The one would keep what other streams free, the other would refuse numbers outside of a capture; a capture that
+        succeeds tells the generator.
+        """
         for tell in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
             with suppress(RuntimeError):  # it knows
                 tell(self._stream.device_index, self._pool)
+        graph = torch.cuda.CUDAGraph()
+        with suppress(RuntimeError), torch.cuda.stream(self._capture):
+            graph.capture_begin(capture_error_mode="thread_local")
+            self._nothing()
+            graph.capture_end()
 
 
 @contextmanager
