@@ -152,9 +152,7 @@ def _replayed(
     recorded.last()
     frame.wrote(rows, "state", "qkv", "turned")
     found = frame.found.clone()  # one copy of all: what autograd keeps is nobody else's
-    parts_of_it = [(parts.groups[:1], found[: frame.first]), (parts.groups[1:], found[frame.first :])]
-    gradients = [gradient for groups, flat in parts_of_it for gradient in views_of_gradients(groups, flat)]
-    return frame.rows("state", tokens).clone(), gradients
+    return frame.rows("state", tokens).clone(), views_of_gradients(parts.groups, found)
 
 
 def _put_in(frame: Frame, x: Tensor, parts: LayerParts) -> None:

@@ -7,6 +7,7 @@ a step reads what was put in: zeros give zero gradients in every sum over rows, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from slothrl_kernels.layer_parts import LayerParts
 from slothrl_kernels.lora_flat import AdapterGradients
+
+VIEWS = 512  # kept at most
 
 
 def frame_widths(parts: LayerParts, x: Tensor) -> dict[str, int]:
@@ -47,6 +50,7 @@ class Frame:
     def __init__(self, capacity: int, parts: LayerParts, x: Tensor) -> None:
         self.capacity, self.key = capacity, frame_key(parts, x)
         self._held = {name: x.new_zeros(capacity, width) for name, width in frame_widths(parts, x).items()}
+        self._views: dict[tuple, Any] = {}
         self._filled = dict.fromkeys(self._held, 0)  # rows from here on are zeros
         counts = [AdapterGradients([group], x.new_empty(0)).places.count for group in parts.groups]
         self.first, (dtype,) = counts[0], adapter_dtypes(parts)
@@ -60,7 +64,15 @@ class Frame:
 
     def rows(self, name: str, count: int) -> Tensor:
         """(count, width), the first rows of a buffer."""
-        return self._held[name][:count]
+        return self.view((name, count), lambda: self._held[name][:count])
+
+    def view(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """What `make` makes of the buffers' memory, made once: views cost the host as much as work does."""
+        if key not in self._views:
+            if len(self._views) >= VIEWS:
+                self._views.clear()
+            self._views[key] = make()
+        return self._views[key]
 
     def fill(self, name: str, source: Tensor) -> None:
         """source (M, width) into the first rows; zeros behind them."""

@@ -104,13 +104,19 @@ class LayerSteps:
 def turned_in(frame: Frame, shape: torch.Size, parts: LayerParts, copied: bool) -> Turned:
     """What `before` left of the tokens of (B, S, h); copied, where it is to outlive the layer's turn."""
     tokens = shape[0] * shape[1]
-    qkv = frame.rows("qkv", tokens)
-    qkv = qkv.clone() if copied else qkv
+    qkv, over = frame.rows("qkv", tokens), None
+    if parts.norms is not None:
+        over = frame.rows("turned", tokens)[:, : (parts.heads + parts.kv_heads) * parts.width]
+    if not copied:
+        return frame.view(("heads", *shape[:2]), lambda: _heads_in(qkv, over, shape, parts))
+    return _heads_in(qkv.clone(), None if over is None else over.contiguous(), shape, parts)
+
+
+def _heads_in(qkv: Tensor, over: Tensor | None, shape: torch.Size, parts: LayerParts) -> Turned:
+    """Views of q, k and v (M, N), or of the normed q and k (M, N') with the raw q, k and v beside them."""
     q, k, v = heads_of(qkv, shape, parts)
-    if parts.norms is None:
+    if over is None:
         return Turned(None, q, k, v)
-    over = frame.rows("turned", tokens)[:, : (parts.heads + parts.kv_heads) * parts.width]
-    over = over.clone(memory_format=torch.contiguous_format) if copied else over
     heads = over.view(shape[0], shape[1], -1, parts.width).split([parts.heads, parts.kv_heads], 2)
     return Turned(qkv, heads[0].transpose(1, 2), heads[1].transpose(1, 2), v)
 

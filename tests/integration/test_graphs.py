@@ -11,16 +11,18 @@ import torch
 from slothrl_kernels.graphed_layer import bucket
 from slothrl_kernels.layer_recorder import Rerun
 from test_fuse import IDS, NF4, adapted, assert_same, folders, gradients_of, random_b, step  # noqa: F401
-from test_fuse_layer import checkpointed
+from test_fuse_layer import Launches, checkpointed
 from test_packed_model import assert_same as assert_same_pack
 from test_packed_model import by_pack, by_rows, ids_and_weights, make_model
 from transformers import BitsAndBytesConfig
 
 from slothrl.activations import keep_activations
+from slothrl.fit_activations import MicroBatch, Route, fused_mlp_bytes, graphed_bytes
+from slothrl.fit_shape import Shape
 from slothrl.fuse import fuse, unfuse
 from slothrl.graphs import ARRIVALS, graph_layers, graphs_of
 from slothrl.pace import Pace
-from tests.families import FAMILIES
+from tests.families import COMMON, FAMILIES
 
 
 class Counting(Rerun):
@@ -167,6 +169,53 @@ def test_what_cannot_be_recorded_and_copies(folders):  # noqa: F811
         for _ in range(ARRIVALS + 1):
             assert_same(step(twin), plain)
     assert len(graphs_of(twin).recorded) == 1
+
+
+class Silent(Rerun):
+    """A replay is one launch, whatever is in it."""
+
+    def __init__(self):
+        self.seen = None
+
+    def record(self, call):
+        def replay():
+            now, self.seen.inside = self.seen.count, self.seen.inside + 1
+            call()
+            self.seen.count, self.seen.inside = now + 1, self.seen.inside - 1
+
+        return replay
+
+
+def test_how_much_is_launched_and_held(folders, monkeypatch):  # noqa: F811
+    """A layer that launches 95 times without graphs (`test_how_much_a_layer_launches`); and `fit` knows its frame."""
+    base = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.bfloat16)
+    model = checkpointed(adapted(folders("llama"), torch.bfloat16, base, r=8))
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.float() if "lora_" in name else parameter.data
+    recorder = graphed(model, Silent())
+    decoder, seen = model.get_base_model().model, Launches(monkeypatch)
+    recorder.seen = seen
+    x = torch.randn(2, 304, 128).bfloat16().requires_grad_()
+    tables = decoder.rotary_emb(x, torch.arange(304)[None])
+    for _ in range(ARRIVALS + 3):
+        model.zero_grad()
+        x.grad = None
+        with seen, torch.autocast("cpu", torch.bfloat16):
+            seen.count = 0
+            y = decoder.layers[0](x, attention_mask=None, position_embeddings=tables, use_cache=False)
+            forward = seen.count
+        loss = y.sum()
+        with seen:
+            seen.count = 0
+            loss.backward()
+    assert forward <= 6 and seen.count <= 12, (forward, seen.count)
+    options = {name: COMMON[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size")}
+    heads = [COMMON[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")]
+    shape = Shape(*options.values(), *heads, matrices=((256, 128),), embedding=0, head=0, rest=0)
+    batch = MicroBatch(608, 608, 0)
+    predicted = graphed_bytes(shape, batch, Route()) - fused_mlp_bytes(shape, batch, 2, quantized=True)
+    adapters = sum(p.numel() for p in decoder.layers[0].parameters() if p.requires_grad)
+    assert graphs_of(model).nbytes == predicted + 608 * 2 * 32 * 2 + 4 * adapters  # tables, gradients
 
 
 def test_wishes(folders):  # noqa: F811
