@@ -154,6 +154,21 @@ def fused_mlp_bytes(shape: Shape, batch: MicroBatch, width: int, quantized: bool
     return batch.tokens * width * (3 * shape.mlp + 2 * shape.hidden) + unpacked
 
 
+def graphed_bytes(shape: Shape, batch: MicroBatch, route: Route) -> int:
+    """What CUDA graphs of fused layers hold, one layer at a time (`slothrl_kernels.layer_frame`): their frame,
+
+        e (3h + 2q + 2v)   the layer's input, q k v, attention's output, the layer's output, a gradient; with norms of q
+                           and k another e (q + 2v); without checkpointing e (h + 2m) for what goes in and out
+
+    a token, and a pool of their own for what a recorded step holds at its fullest, `fused_mlp_bytes`.
+    """
+    h, q, v = shape.hidden, shape.query, shape.key_value
+    per_token = 3 * h + 2 * q + 2 * v + (q + 2 * v if shape.head_norms else 0)
+    per_token += 0 if route.checkpointing else h + 2 * shape.mlp
+    frame = batch.tokens * route.width * per_token
+    return frame + fused_mlp_bytes(shape, batch, route.width, route.quantized)
+
+
 def layer_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
     """What the one layer that is computed again holds at the fullest moment of its backward: the place to recalibrate.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slothrl.fit_activations import MicroBatch, Route, activation_peak, layer_peak
+from slothrl.fit_activations import MicroBatch, Route, activation_peak, graphed_bytes, layer_peak
 from slothrl.fit_batch import micro_batch
 from slothrl.fit_constants import GIB, constant
 from slothrl.fit_shape import Shape
@@ -22,6 +22,7 @@ from slothrl.memory_phases import BASE, REST, TEMPORARY
 
 COPY = "base, the trainer's own"
 CACHE, ADAPTER, VLLM_ADAPTER, GRAPHS = "KV cache", "LoRA", "LoRA in vLLM", "CUDA graphs"
+LAYER_GRAPHS = "CUDA graphs of layers"
 GRADIENTS, OPTIMIZER = "gradients", "optimizer"
 
 
@@ -43,6 +44,7 @@ class Settings:
         prompt, completion: tokens at most; for SFT `completion` is the whole sequence and `prompt` 0.
         sequences: completions generated side by side.
         fused: the trainer's layers are fused (`model.fuse`).
+        layer_graphs: fused layers run by CUDA graphs (`model.graphs=on`; "auto" takes only what it finds free).
         offload: the inputs of checkpointed layers wait in the host's memory (`model.activations`).
         shared: vLLM and the trainer hold one base.
         sleep: vLLM's cache is not there while the trainer works.
@@ -67,6 +69,7 @@ class Settings:
     sequences: int = 64
     checkpointing: bool = True
     fused: bool = False
+    layer_graphs: bool = False
     offload: bool = False
     optimizer: str = "adamw_torch_fused"
     shared: bool = True
@@ -143,6 +146,8 @@ def update(shape: Shape, settings: Settings, total: int) -> PhasePrediction:
         parts[CACHE] = cache(shape, settings, total)
     batch = largest_micro_batch(shape, settings, total)
     parts[TEMPORARY] = activation_peak(shape, batch, settings.route)
+    if settings.fused and settings.layer_graphs:
+        parts[LAYER_GRAPHS] = graphed_bytes(shape, batch, settings.route)
     parts[REST] = around(shape, settings)
     if settings.cuda:
         parts[REST] += fragments(shape, batch, settings)

@@ -16,6 +16,7 @@ from slothrl.config import Config
 from slothrl.engine import Engine
 from slothrl.fingerprint import fingerprint, settings
 from slothrl.fuse import fuse_as_asked
+from slothrl.graphs import graph_layers, graphs_of
 from slothrl.interrupts import Interrupts
 from slothrl.models import parameter_bytes
 from slothrl.plan import Batch, Plan, Rows, size
@@ -90,6 +91,8 @@ def _run(
         before = _first_score(prepared, trainer, engine, output_dir, command, resumed=point is not None)
         _say_score(console, prepared, "before", before)
         train_seconds = train(trainer, prepared, output_dir, point, console, interrupts, command)
+        if (graphs := graphs_of(trainer.model)) is not None:
+            console.print(f"CUDA graphs of layers: {graphs}", markup=False)
         after = None if interrupts.number else _score(prepared, trainer, engine, output_dir, command)
         summary = Summary(
             output_dir=str(output_dir),
@@ -115,6 +118,8 @@ def _start(prepared: Prepared, arguments, base: Base, output_dir: Path, console:
     fused = fuse_as_asked(trainer.model, prepared.config.model.fuse, prepared.config.gpu.device)
     if arguments.gradient_checkpointing:
         fused += keep_activations(trainer.model, prepared.config.model.activations)
+    if prepared.config.gpu.device == "cuda":
+        fused += graph_layers(trainer.model, prepared.config.model.graphs)
     describe(prepared, trainer, base, output_dir, fused).show(console)
     return trainer, attach_engine(prepared, trainer, base, console)
 
