@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 GEMM_ROWS = 256  # rows of X from which dequantising once and torch's matmul take over
 ROW_BUCKETS = (16, 32, 64, 128, 256)
@@ -13,7 +13,8 @@ class Nf4Config:
     """One launch: block_m tokens by block_n weight rows, `chunks` times 64 of k a step.
 
     splits: programs that share K, 0 for `default_splits`. registers: at most so many a thread, 0 for no limit: two
-    programs on a multiprocessor beat one that spills nothing.
+    programs on a multiprocessor beat one that spills nothing. parts: multiplications a step, 1, 2 or 4. apart: 1 where
+    the multiprocessors begin at different places of K, so that not all ask for the same lines of X at the same time.
     """
 
     block_m: int
@@ -23,9 +24,11 @@ class Nf4Config:
     stages: int = 3
     splits: int = 0
     registers: int = 0
+    parts: int = 4
+    apart: int = 0
 
     def fields(self) -> list[int]:
-        return [self.block_m, self.block_n, self.chunks, self.warps, self.stages, self.splits, self.registers]
+        return list(astuple(self))
 
 
 # By rows of X; at most 99 KiB of shared memory, the limit of consumer cards. From sweeps on an H100, kernels/README.md.
@@ -33,8 +36,8 @@ DEFAULTS = {
     16: Nf4Config(16, 32, 4, 2, 3),
     32: Nf4Config(32, 32, 4, 2, 3),
     64: Nf4Config(64, 64, 2, 4, 3),
-    128: Nf4Config(128, 128, 2, 8, 2),
-    256: Nf4Config(128, 128, 2, 8, 2),
+    128: Nf4Config(128, 128, 2, 8, 2, registers=128),
+    256: Nf4Config(128, 128, 2, 8, 2, registers=128),
 }
 
 
