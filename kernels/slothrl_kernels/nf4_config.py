@@ -66,8 +66,8 @@ def default_splits(config: Nf4Config, rows: int, outputs: int, inputs: int, proc
     return max(1, min(16, wanted // tiles, inputs // (8 * rows)))
 
 
-# (block_n, chunks, warps, stages, registers) by block_m. Two chunks are 64 bytes of a row of W, four are 128.
-_TILES = {
+# (block_n, chunks, warps, stages, registers, parts) by block_m. Two chunks are 64 bytes of a row of W, four are 128.
+_TILES: dict[int, tuple[tuple[int, ...], ...]] = {
     16: (
         *((32, 4, 2, 3, 0), (32, 4, 2, 4, 0), (32, 2, 2, 4, 0), (64, 4, 2, 3, 0), (64, 2, 2, 4, 0), (64, 2, 4, 4, 0)),
         *((64, 4, 4, 3, 0), (64, 4, 4, 4, 0), (64, 4, 4, 3, 128), (128, 2, 8, 4, 128), (128, 4, 8, 3, 128)),
@@ -75,7 +75,7 @@ _TILES = {
     64: (
         *((64, 2, 4, 3, 0), (64, 2, 4, 3, 128), (64, 2, 4, 4, 128), (64, 4, 4, 3, 168), (128, 2, 4, 3, 0)),
         *((128, 2, 8, 3, 128), (128, 2, 8, 4, 128), (256, 2, 16, 2, 0), (256, 2, 16, 3, 0)),
-        *((64, 2, 2, 3, 0), (32, 4, 2, 3, 0), (32, 2, 2, 3, 0), (128, 2, 2, 2, 0)),
+        *((64, 2, 2, 3, 0), (32, 2, 2, 3, 0), (64, 2, 4, 3, 128, 1), (128, 2, 8, 3, 128, 1)),
     ),
     128: (
         *((64, 2, 4, 3, 0), (64, 2, 4, 2, 168), (128, 2, 8, 2, 0), (128, 2, 8, 2, 128), (128, 2, 8, 3, 0)),
@@ -89,7 +89,7 @@ def candidates(rows: int) -> list[Nf4Config]:
     size = bucket(rows)
     block_m = min(size, 128)
     tiles = _TILES[16 if block_m <= 32 else block_m]
-    found = [Nf4Config(block_m, *tile[:4], registers=tile[4]) for tile in tiles]
+    found = [Nf4Config(block_m, *tile[:4], 0, *tile[4:]) for tile in tiles]
     if size == 128:
         found += [Nf4Config(64, 128, 2, 8, 3, registers=128), Nf4Config(64, 256, 2, 16, 2)]
     return list(dict.fromkeys([DEFAULTS[size], *found]))
