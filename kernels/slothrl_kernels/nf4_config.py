@@ -89,7 +89,7 @@ def candidates(rows: int) -> list[Nf4Config]:
     size = bucket(rows)
     block_m = min(size, 128)
     tiles = _TILES[16 if block_m <= 32 else block_m]
-    found = [Nf4Config(block_m, *tile[:4], 0, *tile[4:]) for tile in tiles]
+    found = [Nf4Config(*[block_m, *tile[:4], 0, *tile[4:]]) for tile in tiles]
     if size == 128:
         found += [Nf4Config(64, 128, 2, 8, 3, registers=128), Nf4Config(64, 256, 2, 16, 2)]
     return list(dict.fromkeys([DEFAULTS[size], *found]))
