@@ -28,7 +28,7 @@ from slothrl.fuse_layer import Direct, fused_layer, is_plain_checkpoint
 from slothrl.kept_attention import WORTH, AttentionSizes, layers_that_keep, reserved_bytes
 from slothrl.offload import HostMemory
 from slothrl.plan import Rows
-from slothrl.token_bytes import bytes_to_come, left_beside
+from slothrl.token_bytes import bytes_to_come, left_beside, left_of_light
 
 POLICIES = ("auto", "layer", "attention", "offload", "both")
 _KEPT = "_slothrl_activations"
@@ -118,8 +118,9 @@ class Activations:
         if device.type != "cuda":
             return len(self.layers) if self.policy in ("attention", "both") else 0
         free = free_bytes(device) - bytes_to_come(self.trained)
-        left = left_beside(free, self.layers[0].self_attn.config, tokens)
-        return layers_that_keep(self.policy, self.sizes, tokens, reach, free, left)
+        config = self.layers[0].self_attn.config
+        left, light = left_beside(free, config, tokens), left_of_light(config, tokens)
+        return layers_that_keep(self.policy, self.sizes, tokens, reach, free, left, light)
 
     @property
     def sizes(self) -> AttentionSizes:

@@ -11,7 +11,7 @@ from slothrl.fit_shape import Shape
 from slothrl.kept_attention import KEEPING, AttentionSizes, layers_that_keep, reserved_bytes
 from slothrl.packing import Row, plan_micro_batches
 from slothrl.token_budget import CPU_TOKENS
-from slothrl.token_bytes import left_beside, tokens_that_fit
+from slothrl.token_bytes import left_beside, left_of_light, tokens_that_fit
 
 if TYPE_CHECKING:
     from slothrl.fit_memory import Settings
@@ -71,8 +71,9 @@ def attending_layers(shape: Shape, batch: MicroBatch, settings: Settings, free: 
         return 0
     if not settings.cuda:
         return 0 if settings.activations == "auto" else shape.layers
-    left = left_beside(free, text_config(shape), batch.tokens)
-    return layers_that_keep(settings.activations, sizes(shape, settings), batch.tokens, settings.length, free, left)
+    config, policy = text_config(shape), settings.activations
+    left, light = left_beside(free, config, batch.tokens), left_of_light(config, batch.tokens)
+    return layers_that_keep(policy, sizes(shape, settings), batch.tokens, settings.length, free, left, light)
 
 
 def sizes(shape: Shape, settings: Settings) -> AttentionSizes:

@@ -42,24 +42,28 @@ class AttentionSizes:
         return attention / (attention + 2 * self.weights)
 
 
-def layers_that_keep(policy: str, sizes: AttentionSizes, tokens: int, reach: int, free: int, left: int) -> int:
+def layers_that_keep(
+    policy: str, sizes: AttentionSizes, tokens: int, reach: int, free: int, left: int, light: int
+) -> int:
     """Layers that keep their attention in one forward on a GPU.
 
     What was asked for ("attention", "both") gets half of the free memory, and so does "auto" where attention is
-    `WORTH` it. Where it is not, "auto" keeps it in whole layers only, in a quarter of the free memory.
+    `WORTH` it. Where it is not, "auto" keeps it in whole layers only, in a quarter of the free memory, and in small
+    micro-batches: one that is large without it stays as it is, also where memory is plenty.
 
     Args:
         tokens: of the forward. reach: the most keys that one of them sees.
         free: bytes of the device before it.
         left: what of them it leaves where layers keep their inputs only (`slothrl.token_bytes.left_beside`): never is
             more taken.
+        light: bytes by which the micro-batch is smaller than a large one (`slothrl.token_bytes.left_of_light`).
     """
     if policy not in KEEPING or tokens < 1:
         return 0
-    part = SHARE
+    room = min(SHARE * free, left)
     if policy == "auto" and sizes.share(reach) < WORTH:
-        part = PLENTY if sizes.whole else 0.0
-    return max(0, min(sizes.layers, int(min(part * free, left) / (tokens * sizes.bytes))))
+        room = min(PLENTY * free, left, light) if sizes.whole else 0
+    return max(0, min(sizes.layers, int(room / (tokens * sizes.bytes))))
 
 
 def reserved_bytes(policy: str, sizes: AttentionSizes, tokens: int, free: int) -> int:

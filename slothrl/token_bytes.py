@@ -10,6 +10,8 @@ TO_COME = 3  # times a trained parameter's bytes: its gradient and AdamW's two m
 # completion of 20,480 tokens fits in, and the step still stays under 16 GB beyond the base.
 MOST_TOKENS = 24_576
 LEAST_TOKENS = 1024
+# What is only convenient ends where a micro-batch takes as much as one of so many tokens: 11 GB of an 8B model.
+LIGHT_TOKENS = 20_480
 USABLE = 0.8  # of what is free: an allocator's reserve, measured at 10 to 13% of what is allocated, and workspaces
 HEAD_ROWS = 1024  # tokens whose logits exist at once (`selective_logprobs`)
 
@@ -55,6 +57,11 @@ def tokens_that_fit(free: int, config: Any, checkpointing: bool, kept: int = 0) 
 def left_beside(free: int, config: Any, tokens: int) -> int:
     """Bytes that a checkpointed micro-batch of `tokens` leaves of those that `tokens_that_fit` would count on."""
     return max(0, int(USABLE * free) - _logits(config) - tokens * bytes_per_token(config, 2, checkpointing=True))
+
+
+def left_of_light(config: Any, tokens: int) -> int:
+    """Bytes by which a checkpointed micro-batch of `tokens` is smaller than one of `LIGHT_TOKENS`."""
+    return max(0, LIGHT_TOKENS - tokens) * bytes_per_token(config, 2, checkpointing=True)
 
 
 def bytes_to_come(parameters: Iterable[Any]) -> int:

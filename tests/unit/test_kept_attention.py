@@ -11,7 +11,7 @@ from slothrl.fit_constants import card_bytes
 from slothrl.fit_memory import Settings, largest_micro_batch, predict
 from slothrl.fit_terms import adapter_bytes
 from slothrl.kept_attention import AttentionSizes, layers_that_keep, reserved_bytes
-from slothrl.token_bytes import left_beside, tokens_that_fit
+from slothrl.token_bytes import left_beside, left_of_light, tokens_that_fit
 from tests.gpu.fit_models import config_of
 from tests.traced import traced_peak
 
@@ -32,41 +32,45 @@ def test_sizes_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("policy", "given", "reach", "free", "left", "layers"),
+    ("policy", "given", "reach", "gigabytes", "layers"),
     [
-        ("auto", WHOLE, 1528, 70 * GB, 45 * GB, 32),  # all of them: 11.5 GB are less than a quarter of 70
-        ("auto", WHOLE, 1528, 20 * GB, 15 * GB, 13),  # a quarter of 20
-        ("auto", WHOLE, 1528, 70 * GB, 2 * GB, 5),  # no more than the micro-batch leaves
-        ("auto", WHOLE, 1528, 20 * GB, 0, 0),
-        ("auto", MODULES, 1528, 70 * GB, 45 * GB, 0),  # saving takes longer than it spares
-        ("auto", MODULES, 24_576, 20 * GB, 15 * GB, 32),  # 4.6 GB, worth half of the memory
-        ("attention", MODULES, 1528, 8 * GB, 7 * GB, 27),
-        ("attention", WHOLE, 1528, 8 * GB, 7 * GB, 11),
-        ("both", WHOLE, 1528, 8 * GB, 1 * GB, 2),
-        ("layer", WHOLE, 99_999, 70 * GB, 70 * GB, 0),
-        ("offload", WHOLE, 99_999, 70 * GB, 70 * GB, 0),
+        ("auto", WHOLE, 2048, (70, 45, 9), 32),  # all of them: 5.8 GB
+        ("auto", WHOLE, 2048, (20, 15, 9), 27),  # a quarter of 20
+        ("auto", WHOLE, 2048, (70, 2, 9), 11),  # no more than the micro-batch leaves
+        ("auto", WHOLE, 2048, (70, 45, 3), 16),  # nor beyond the size of a large one
+        ("auto", WHOLE, 2048, (20, 0, 9), 0),
+        ("auto", MODULES, 2048, (70, 45, 9), 0),  # saving takes longer than it spares
+        ("auto", MODULES, 24_576, (20, 15, 0), 32),  # 2.3 GB, worth half of the memory
+        ("attention", MODULES, 2048, (4, 3, 0), 27),
+        ("attention", WHOLE, 2048, (4, 3, 0), 11),
+        ("both", WHOLE, 2048, (8, 1, 0), 5),
+        ("layer", WHOLE, 99_999, (70, 70, 70), 0),
+        ("offload", WHOLE, 99_999, (70, 70, 70), 0),
     ],
 )
-def test_layers_from_given_bytes(policy, given, reach, free, left, layers):
-    """A forward of 17,376 tokens: 145 MB a layer of modules, 358 MB a whole one."""
-    assert layers_that_keep(policy, given, 17_376, reach, free, left) == layers
+def test_layers_from_given_bytes(policy, given, reach, gigabytes, layers):
+    """A forward of 8,688 tokens: 72 MB a layer of modules, 179 MB a whole one."""
+    free, left, light = (GB * count for count in gigabytes)
+    assert layers_that_keep(policy, given, 8688, reach, free, left, light) == layers
 
 
 def test_what_auto_keeps_lowers_no_budget(llama):
-    """On cards of 12 to 80 GB: as many tokens as without, and no more kept than those leave of what may be used."""
+    """On cards of 12 to 80 GB: as many tokens as without, and where they fill a micro-batch nothing is kept."""
     config = text_config(llama)
     for gb in (12, 24, 80):
         free = gb * GB - 7 * GB
         tokens = tokens_that_fit(free, config, True)
         assert reserved_bytes("auto", WHOLE, min(tokens, 20_000), free) == 0
         left = left_beside(free, config, tokens)
-        kept = layers_that_keep("auto", WHOLE, tokens, 1528, free, left)
-        assert kept * tokens * WHOLE.bytes <= left
-        assert (kept == 32) is (gb == 80)
+        assert layers_that_keep("auto", WHOLE, tokens, 1528, free, left, left_of_light(config, tokens)) == 0
+        assert (left > 20 * GB) is (gb == 80)
+    # Of a group of 8 completions all layers keep it on a large card; of an 8B model's 20,480 tokens none does.
+    assert left_of_light(config, 8688) == (20_480 - 8688) * 557_056
+    assert left_of_light(config, 20_983) == 0
 
 
 def test_fit_decides_as_the_trainer_does(llama):
-    settings = Settings(completions=64, prompt=504, completion=1024, engine="transformers", fused=True)
+    settings = Settings(completions=8, prompt=504, completion=1024, engine="transformers", fused=True)
     assert sizes(llama, settings) == WHOLE
     assert sizes(llama, replace(settings, fused=False)) == MODULES
     total = card_bytes(80)
