@@ -181,6 +181,27 @@ def test_a_run_that_only_goes_wrong_is_ended(tmp_path):
     assert one.state.global_step == 4
 
 
+def test_groups_that_were_drawn_again_are_no_fault(tmp_path, capsys):
+    """All equal in the first draw of every step, and none in the second."""
+    reward = dull_at(*((call, slice(0, 8)) for call in (1, 3, 5)))
+    named = {"dynamic_sampling": DynamicSamplingConfig(max_resamples=2), "diagnosis": DiagnosisConfig(stop_after=1)}
+    _, logs = train(made(tmp_path, reward, max_steps=3, named=named))
+    assert [log["frac_reward_zero_std"] for log in logs] == [1.0] * 3
+    assert [log["dynamic_sampling/share_without_signal"] for log in logs] == [0.0] * 3
+    assert [log["diagnosis/equal_rewards"] for log in logs] == [0.0] * 3
+    assert "warning: step" not in capsys.readouterr().out
+
+
+def test_a_generation_that_feeds_two_steps_is_judged_in_both(tmp_path):
+    """Cut off from end to end, but with a gradient: the second step generates nothing, and is as bad."""
+    fields = {"max_steps": 8, "per_device_train_batch_size": 4, "steps_per_generation": 2}
+    args, diagnosis = arguments(tmp_path, **fields), DiagnosisConfig(stop_after=3)
+    one = trainer(GRPOTrainer, args, engine=Faulty("all_truncated"), diagnosis=diagnosis)
+    with pytest.raises(StepFault, match=r"3 steps in a row went wrong .* in step 3 all completions were cut off"):
+        one.train()
+    assert [log["diagnosis/all_truncated"] for log in one.state.log_history if "loss" in log][:2] == [1.0, 1.0]
+
+
 # --- each fault, put into a run -------------------------------------------------------------------------------------
 
 
