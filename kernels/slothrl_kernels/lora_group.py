@@ -21,7 +21,7 @@ from torch import Tensor
 from slothrl_kernels.base_weight import dense
 from slothrl_kernels.lora_flat import Adapters, gradient_of_a, spans_of
 from slothrl_kernels.lora_math import Projection
-from slothrl_kernels.nf4_group import unpack_group
+from slothrl_kernels.nf4_group import Part, unpack_group
 from slothrl_kernels.switch import Impl
 
 
@@ -110,8 +110,8 @@ class LoraGroup:
     def _unpacked(self) -> Tensor:
         """[W_i | B_i at its own columns of R] (N, K + R)."""
         whole = self.like.new_empty(self.outputs, self.inputs + self.rank)
-        starts = [span.start for span in self.spans]
-        return unpack_group([p.weight for p in self.projections], self.b, starts, whole, self.impl)
+        pieces = zip(self.projections, self.b, self.spans, strict=True)
+        return unpack_group([Part(p.weight, b, span.start) for p, b, span in pieces], whole, impl=self.impl)
 
     def _forward_dense(self, both: Tensor) -> Tensor:
         y, x = both.new_empty(both.size(0), self.outputs), both[:, : self.inputs]
@@ -167,7 +167,7 @@ class LoraOnto:
             y = y if p.bias is None else y.add_(p.bias.detach())
             return y.add_(residual)
         whole = both.new_empty(self.outputs, inputs + self.rank)  # [W | B]
-        unpack_group([p.weight], [self.b], [0], whole, self.impl)
+        unpack_group([Part(p.weight, self.b)], whole, impl=self.impl)
         y = torch.addmm(residual, both, whole.T)
         return y if p.bias is None else y.add_(p.bias.detach())
 

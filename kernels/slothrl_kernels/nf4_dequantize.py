@@ -171,25 +171,34 @@ def unpack_words(
     count,
     columns,
     row_stride,
+    source,
     BLOCKSIZE: tl.constexpr,
     INNER_BLOCKSIZE: tl.constexpr,
     BY_WORD: tl.constexpr,
     ROWS_APART: tl.constexpr,
+    SLICED: tl.constexpr,
     WORDS: tl.constexpr,
     REPEAT: tl.constexpr,
 ):
-    """WORDS * REPEAT words of 8 weights from `first` on, 64 bits: count may pass 2**31."""
+    """WORDS * REPEAT words of 8 weights of `out` from `first` on, 64 bits: count may pass 2**31.
+
+    source: SLICED, where out is part of W: (its first row, W's columns, its first column, end of what may be read).
+    """
     absmax, code, inner_code, inner_absmax, offset = scales
     places = tl.arange(0, 8)
     for turn in tl.static_range(REPEAT):  # pyright: ignore
         word = first + turn * WORDS + tl.arange(0, WORDS)
-        nibbles = _load_nibbles(packed, word, places, count, BY_WORD)
-        block = tl.minimum(word * 8, count - 1) // BLOCKSIZE
+        start, origin, end = word * 8, word, count
+        if ROWS_APART:
+            row, column = start // columns, start % columns
+            start = row * row_stride + column
+            if SLICED:
+                first_row, width, first_column, end = source
+                origin = ((row + first_row) * width + (column + first_column)) // 8
+        nibbles = _load_nibbles(packed, origin, places, end, BY_WORD)
+        block = tl.minimum(origin * 8, end - 1) // BLOCKSIZE
         scale = load_absmax(absmax, block, inner_code, inner_absmax, offset, INNER_BLOCKSIZE)
         values = tl.load(code + nibbles) * scale[:, None]
-        start = word * 8
-        if ROWS_APART:
-            start = start // columns * row_stride + start % columns
         address = start[:, None] + places[None, :]
         element = word[:, None] * 8 + places[None, :]
         tl.store(out + address, values.to(out.dtype.element_ty), mask=element < count)
@@ -224,10 +233,12 @@ def _nf4_dequantize_kernel(
         count,
         columns,
         row_stride,
+        (0, columns, 0, count),
         BLOCKSIZE,
         INNER_BLOCKSIZE,
         BY_WORD,
         ROWS_APART,
+        False,
         WORDS,
         REPEAT,
     )

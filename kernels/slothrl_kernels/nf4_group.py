@@ -1,6 +1,6 @@
 """Several nf4 weights into one buffer, with what LoRA puts beside them, in one launch.
 
-    [W_i | B_i at its own columns, else zeros], one below the other: (N, K + R)
+    [W_i | B_i at its own columns, else zeros], one below the other: (N, K + R); also of some rows, or columns, of each
 
 Projections of one input are multiplied as one matrix. Unpacked one by one, q, k and v take three launches, and their B
 four more for a few columns; the host is slower at that than the GPU is at the work. The weights have the same bits as
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,27 +29,40 @@ ROWS = 64  # of B that a program writes
 MOST = 3  # weights of a launch
 
 
-def unpack_group_reference(
-    weights: Sequence[BaseWeight], beside: Sequence[Tensor | None], starts: Sequence[int], out: Tensor
-) -> Tensor:
-    """The plain-torch truth of `unpack_group`, with the same arguments; any weights, float64 too."""
-    return _one_by_one(weights, beside, starts, out, "torch")
+class Part(NamedTuple):
+    """What becomes some rows of the buffer: rows of one weight, and what goes beside them.
+
+    weight: (N, K). b: (rows, r) contiguous, of the buffer's dtype, or None: zeros. start: in which of the columns after
+    W's it begins. rows: which rows of the weight, by step 1; None: all.
+    """
+
+    weight: BaseWeight
+    b: Tensor | None = None
+    start: int = 0
+    rows: slice | None = None
+
+    @property
+    def first(self) -> int:
+        return self.rows.start if self.rows else 0
+
+    @property
+    def count(self) -> int:
+        return self.rows.stop - self.rows.start if self.rows else self.weight.shape[0]
 
 
-def unpack_group(
-    weights: Sequence[BaseWeight],
-    beside: Sequence[Tensor | None],
-    starts: Sequence[int],
-    out: Tensor,
-    impl: Impl = "auto",
-) -> Tensor:
-    """Every W_i below the one before it, and beside it B_i; in one launch where all are nf4 of one kind, at most three.
+def unpack_group_reference(parts: Sequence[Part], out: Tensor, columns: slice | None = None) -> Tensor:
+    """The plain-torch truth of `unpack_group`, with the same arguments; float64 too."""
+    return _one_by_one(parts, out, columns or slice(0, parts[0].weight.shape[1]), "torch")
+
+
+def unpack_group(parts: Sequence[Part], out: Tensor, columns: slice | None = None, impl: Impl = "auto") -> Tensor:
+    """Every part below the one before it; in one launch where all weights are nf4 of one kind, three at most.
 
     Args:
-        weights: (N_i, K) each.
-        beside: (N_i, r_i) contiguous, of out's dtype, or None: zeros.
-        starts: in which of the columns after K each begins.
-        out: (sum of N_i, K + R), bfloat16, float16, float32, or float64 (never a kernel); contiguous, all written.
+        parts: of weights with the same number of inputs.
+        out: (sum of the parts' rows, width + R), bfloat16, float16, float32, or float64 (never a kernel); contiguous,
+            all of it is written.
+        columns: which of the weights' columns, by step 1; None: all.
         impl: as of `nf4_dequantize`.
 
     Returns:
@@ -59,61 +72,63 @@ def unpack_group(
         ValueError: shapes or dtypes that do not fit.
         RuntimeError: impl="triton" and Triton is not installed.
     """
-    _check(weights, beside, starts, out)
-    nf4 = [w for w in weights if isinstance(w, Nf4Weight)]
-    if len(nf4) < len(weights) or len(nf4) > MOST or not _alike(nf4) or out.dtype == torch.float64:
-        return _one_by_one(weights, beside, starts, out, impl)
-    if not takes_triton(impl, out):
-        return _one_by_one(weights, beside, starts, out, impl)
-    _run(nf4, beside, starts, out)
+    columns = columns or slice(0, parts[0].weight.shape[1])
+    _check(parts, out, columns)
+    if out.dtype == torch.float64 or not takes_triton(impl, out) or not _alike(parts, columns):
+        return _one_by_one(parts, out, columns, impl)
+    _run(parts, out, columns)
     return out
 
 
-def _check(weights: Sequence[BaseWeight], beside: Sequence[Tensor | None], starts: Sequence[int], out: Tensor) -> None:
-    inputs, rows = weights[0].shape[1], sum(w.shape[0] for w in weights)
-    if any(w.shape[1] != inputs for w in weights) or out.shape[0] != rows or out.shape[1] < inputs:
-        raise ValueError(f"weights {[tuple(w.shape) for w in weights]} do not fit into {tuple(out.shape)}")
-    right = out.shape[1] - inputs
-    for w, b, start in zip(weights, beside, starts, strict=True):
-        if b is not None and (b.shape[0] != w.shape[0] or start + b.shape[1] > right or b.dtype != out.dtype):
-            raise ValueError(f"{tuple(b.shape)} {b.dtype} does not fit beside {tuple(w.shape)}, {right} columns")
-    if not out.is_contiguous():
-        raise ValueError("out must be contiguous")
+def _check(parts: Sequence[Part], out: Tensor, columns: slice) -> None:
+    inputs, width = parts[0].weight.shape[1], columns.stop - columns.start
+    rows, right = sum(p.count for p in parts), out.shape[1] - width
+    if any(p.weight.shape[1] != inputs or p.first + p.count > p.weight.shape[0] for p in parts) or right < 0:
+        raise ValueError(f"parts of {[tuple(p.weight.shape) for p in parts]} do not fit into {tuple(out.shape)}")
+    if out.shape[0] != rows or columns.start < 0 or columns.stop > inputs or not out.is_contiguous():
+        raise ValueError(f"{rows} rows, columns {columns} of {inputs} do not fit into {tuple(out.shape)}, contiguous")
+    for p in parts:
+        if p.b is not None and (p.b.shape[0] != p.count or p.start + p.b.shape[1] > right or p.b.dtype != out.dtype):
+            raise ValueError(f"{tuple(p.b.shape)} {p.b.dtype} does not fit beside {p.count} rows, {right} columns")
 
 
-def _alike(weights: Sequence[Nf4Weight]) -> bool:
-    """Whether one launch serves all: one block size, nested alike, whole words, rows of whole words."""
-    kinds = {(w.blocksize, w.nested.blocksize if w.nested else 0) for w in weights}
-    return len(kinds) == 1 and weights[0].shape[1] % 8 == 0 and all(by_words(w) for w in weights)
+def _alike(parts: Sequence[Part], columns: slice) -> bool:
+    """Whether one launch serves all: nf4 of one block size, nested alike, whole words, rows of whole words."""
+    nf4 = [p.weight for p in parts if isinstance(p.weight, Nf4Weight)]
+    kinds = {(w.blocksize, w.nested.blocksize if w.nested else 0) for w in nf4}
+    whole = all(n % 8 == 0 for n in (nf4[0].shape[1], columns.start, columns.stop)) if nf4 else False
+    return len(parts) == len(nf4) <= MOST and len(kinds) == 1 and whole and all(by_words(w) for w in nf4)
 
 
-def _one_by_one(
-    weights: Sequence[BaseWeight], beside: Sequence[Tensor | None], starts: Sequence[int], out: Tensor, impl: Impl
-) -> Tensor:
-    inputs, end = weights[0].shape[1], 0
-    if sum(b.shape[1] for b in beside if b is not None) < (out.shape[1] - inputs) * len(weights):
-        out[:, inputs:].zero_()
-    for w, b, start in zip(weights, beside, starts, strict=True):
-        rows = out[end : end + w.shape[0]]
-        dense(w, out.dtype, rows[:, :inputs], impl)
-        if b is not None:
-            rows[:, inputs + start : inputs + start + b.shape[1]] = b
-        end += w.shape[0]
+def _one_by_one(parts: Sequence[Part], out: Tensor, columns: slice, impl: Impl) -> Tensor:
+    inputs, width, end = parts[0].weight.shape[1], columns.stop - columns.start, 0
+    if any(p.b is None or p.b.shape[1] < out.shape[1] - width for p in parts):
+        out[:, width:].zero_()
+    for p in parts:
+        rows = out[end : end + p.count]
+        if (p.count, width) == (p.weight.shape[0], inputs):
+            dense(p.weight, out.dtype, rows[:, :width], impl)
+        else:
+            rows[:, :width] = dense(p.weight, out.dtype, None, impl)[p.first : p.first + p.count, columns]
+        if p.b is not None:
+            rows[:, width + p.start : width + p.start + p.b.shape[1]] = p.b
+        end += p.count
     return out
 
 
-def _run(weights: list[Nf4Weight], beside: Sequence[Tensor | None], starts: Sequence[int], out: Tensor) -> None:
-    columns, right, launch = weights[0].shape[1], out.shape[1] - weights[0].shape[1], DEFAULT_LAUNCH
-    pointers, sizes, programs = [], [], []
-    begins = [0, *accumulate(w.shape[0] for w in weights)]
-    for w, b, start, begin in zip(weights, beside, starts, begins, strict=False):
-        nested, rows = w.nested, w.shape[0]
+def _run(parts: Sequence[Part], out: Tensor, columns: slice) -> None:
+    width, launch = columns.stop - columns.start, DEFAULT_LAUNCH
+    right, weights = out.shape[1] - width, [p.weight for p in parts if isinstance(p.weight, Nf4Weight)]
+    pointers, sizes, programs, begin = [], [], [], 0
+    for p, w in zip(parts, weights, strict=True):
+        nested = w.nested
         inner = (nested.code, nested.absmax, nested.offset) if nested else (w.code, w.code, w.code)
-        pointers.append((w.packed.view(-1).view(torch.int32), w.absmax, w.code, *inner, out if b is None else b))
-        words = triton.cdiv(rows * columns, 8 * launch.words * launch.repeat)
-        sizes.append((begin, rows, words, start, 0 if b is None else b.shape[1]))
-        programs.append(words + (triton.cdiv(rows, ROWS) if right else 0))
-    missing = MOST - len(weights)
+        pointers.append((w.packed.view(-1).view(torch.int32), w.absmax, w.code, *inner, out if p.b is None else p.b))
+        words = triton.cdiv(p.count * width, 8 * launch.words * launch.repeat)
+        sizes.append((begin, p.count, p.first, words, p.start, 0 if p.b is None else p.b.shape[1]))
+        programs.append(words + (triton.cdiv(p.count, ROWS) if right else 0))
+        begin += p.count
+    missing = MOST - len(parts)
     ends = list(accumulate(programs)) + [sum(programs)] * missing  # no program comes to those that are not there
     with torch.cuda.device_of(out):
         unpack_group_kernel[(ends[-1],)](
@@ -122,8 +137,10 @@ def _run(weights: list[Nf4Weight], beside: Sequence[Tensor | None], starts: Sequ
             ends[0],
             ends[1],
             out,
-            columns,
+            width,
             right,
+            weights[0].shape[1],
+            columns.start,
             BLOCKSIZE=weights[0].blocksize,
             INNER_BLOCKSIZE=weights[0].nested.blocksize if weights[0].nested else 0,
             WORDS=launch.words,
@@ -147,12 +164,15 @@ def _part(
     b,
     begin,
     rows,
+    first_row,
     words,
     start,
     rank,
     out,
     columns,
     right,
+    width,
+    first_column,
     BLOCKSIZE: tl.constexpr,
     INNER_BLOCKSIZE: tl.constexpr,
     WORDS: tl.constexpr,
@@ -167,8 +187,23 @@ def _part(
         first = program.to(tl.int64) * (WORDS * REPEAT)
         count = rows.to(tl.int64) * columns
         scales = (absmax, code, inner_code, inner_absmax, offset)
+        source = (first_row, width, first_column, (rows.to(tl.int64) + first_row) * width)
         unpack_words(
-            first, packed, scales, here, count, columns, stride, BLOCKSIZE, INNER_BLOCKSIZE, True, True, WORDS, REPEAT
+            first,
+            packed,
+            scales,
+            here,
+            count,
+            columns,
+            stride,
+            source,
+            BLOCKSIZE,
+            INNER_BLOCKSIZE,
+            True,
+            True,
+            True,
+            WORDS,
+            REPEAT,
         )
     if RIGHT > 0:  # noqa: SIM102 - known to the compiler, the other is not
         if program >= words:
@@ -180,7 +215,7 @@ def _part(
 
 
 # Compiled once for all models: of these numbers nothing depends.
-_PLAIN = [f"{name}_{i}" for name in ("begin", "rows", "words", "start", "rank") for i in range(MOST)] + [
+_PLAIN = [f"{name}_{i}" for name in ("begin", "rows", "first_row", "words", "start", "rank") for i in range(MOST)] + [
     "end_0",
     "end_1",
 ]
@@ -211,16 +246,19 @@ def unpack_group_kernel(
     b_2,
     begin_0,
     rows_0,
+    first_row_0,
     words_0,
     start_0,
     rank_0,
     begin_1,
     rows_1,
+    first_row_1,
     words_1,
     start_1,
     rank_1,
     begin_2,
     rows_2,
+    first_row_2,
     words_2,
     start_2,
     rank_2,
@@ -229,6 +267,8 @@ def unpack_group_kernel(
     out,
     columns,
     right,
+    width,
+    first_column,
     BLOCKSIZE: tl.constexpr,
     INNER_BLOCKSIZE: tl.constexpr,
     WORDS: tl.constexpr,
@@ -249,12 +289,15 @@ def unpack_group_kernel(
             b_0,
             begin_0,
             rows_0,
+            first_row_0,
             words_0,
             start_0,
             rank_0,
             out,
             columns,
             right,
+            width,
+            first_column,
             BLOCKSIZE,
             INNER_BLOCKSIZE,
             WORDS,
@@ -274,12 +317,15 @@ def unpack_group_kernel(
             b_1,
             begin_1,
             rows_1,
+            first_row_1,
             words_1,
             start_1,
             rank_1,
             out,
             columns,
             right,
+            width,
+            first_column,
             BLOCKSIZE,
             INNER_BLOCKSIZE,
             WORDS,
@@ -299,12 +345,15 @@ def unpack_group_kernel(
             b_2,
             begin_2,
             rows_2,
+            first_row_2,
             words_2,
             start_2,
             rank_2,
             out,
             columns,
             right,
+            width,
+            first_column,
             BLOCKSIZE,
             INNER_BLOCKSIZE,
             WORDS,

@@ -5,7 +5,7 @@ import statistics
 import pytest
 import torch
 from slothrl_kernels.nf4_dequantize import nf4_dequantize
-from slothrl_kernels.nf4_group import unpack_group
+from slothrl_kernels.nf4_group import Part, unpack_group
 
 from tests.kernels.nf4_cases import quantized
 
@@ -20,14 +20,15 @@ K, RANK = 4096, 16
 def group(rows):
     weights = [quantized((n, K), 64, True, "cuda")[2] for n in rows]
     beside = [torch.randn(n, RANK, device="cuda").bfloat16() for n in rows]
+    parts = [Part(w, b, RANK * i) for i, (w, b) in enumerate(zip(weights, beside, strict=True))]
     out = torch.full((sum(rows), K + RANK * len(rows)), float("nan"), dtype=torch.bfloat16, device="cuda")
-    return weights, beside, [RANK * i for i in range(len(rows))], out
+    return parts, out
 
 
-def one_by_one(weights, beside, starts, out):
+def one_by_one(parts, out):
     out[:, K:].zero_()
     end = 0
-    for w, b, start in zip(weights, beside, starts, strict=True):
+    for w, b, start, _ in parts:
         rows = out[end : end + w.shape[0]]
         nf4_dequantize(w, torch.bfloat16, rows[:, :K])
         rows[:, K + start : K + start + RANK] = b
@@ -56,8 +57,8 @@ def graphed_ms(call) -> float:
 @pytest.mark.parametrize("case", GROUPS)
 def test_bits_launches_and_time(case, capsys):
     parts = group(GROUPS[case])
-    ours = unpack_group(*parts, "triton").clone()
-    parts[3].fill_(float("nan"))
+    ours = unpack_group(*parts, impl="triton").clone()
+    parts[1].fill_(float("nan"))
     assert torch.equal(ours, one_by_one(*parts))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         unpack_group(*parts)

@@ -57,10 +57,9 @@ def test_a_group_is_unpacked_as_one_is(right, capability):
     from slothrl_kernels.nf4_group import ROWS, unpack_group_kernel
 
     names = [name for name in unpack_group_kernel.arg_names if not name.isupper()]
-    integers = [
-        n for n in names if n.startswith(("begin", "rows", "words", "start", "rank", "end", "columns", "right"))
-    ]
-    pointers = {n: "*fp32" for n in names if n not in integers} | dict.fromkeys(("b_0", "b_1", "b_2", "out"), "*bf16")
+    memory = ("packed", "absmax", "code", "inner", "offset", "b_", "out")
+    pointers = {n: "*bf16" if n.startswith(("b_", "out")) else "*fp32" for n in names if n.startswith(memory)}
+    integers = [n for n in names if n not in pointers]
     pointers |= dict.fromkeys((f"packed_{i}" for i in range(3)), "*i32")
     pointers |= dict.fromkeys((f"absmax_{i}" for i in range(3)), "*u8")
     constants = {"BLOCKSIZE": 64, "INNER_BLOCKSIZE": 256, "WORDS": 256, "REPEAT": 4, "ROWS": ROWS}
