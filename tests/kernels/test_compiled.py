@@ -73,6 +73,28 @@ def compile_gemm(config, capability, **constants):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("right", [0, 48])
+def test_a_group_is_unpacked_as_one_is(right, capability):
+    """The compiler merges the three weights' branches: the code of one, with 16-byte stores; nothing spilled."""
+    from slothrl_kernels.nf4_group import ROWS, unpack_group_kernel
+
+    names = [name for name in unpack_group_kernel.arg_names if not name.isupper()]
+    memory = ("packed", "absmax", "code", "inner", "offset", "b_", "out")
+    pointers = {n: "*bf16" if n.startswith(("b_", "out")) else "*fp32" for n in names if n.startswith(memory)}
+    integers = [n for n in names if n not in pointers]
+    pointers |= dict.fromkeys((f"packed_{i}" for i in range(3)), "*i32")
+    pointers |= dict.fromkeys((f"absmax_{i}" for i in range(3)), "*u8")
+    constants = {"BLOCKSIZE": 64, "INNER_BLOCKSIZE": 256, "WORDS": 256, "REPEAT": 4, "ROWS": ROWS}
+    constants["RIGHT"] = 64 if right else 0
+    compiled = compile_kernel(
+        unpack_group_kernel, pointers, integers, constants, capability, num_warps=8, enable_fp_fusion=False
+    )
+    vectors = instructions(compiled, r"st\.global\.v4\.b32")
+    assert vectors == instructions(compiled, r"st\.global") == (6 if right else 4)
+    assert instructions(compiled, r"fma\.") == instructions(compiled, r"\.local") == compiled.metadata.shared == 0
+
+
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("rows", [16, 64, 128])
 def test_default_gemms_fit_a_consumer_card(rows, capability):
     """Shared memory within 99 KiB with everything on; codes by byte permutes; W only ever in registers."""
