@@ -31,7 +31,7 @@ from slothrl.fit_memory import GRAPHS, VLLM_ADAPTER, Settings, around, held, pre
 from slothrl.fit_search import largest_budget
 from slothrl.fit_shape import Shape
 from slothrl.memory_phases import BASE
-from slothrl.token_budget import MOST_TOKENS
+from slothrl.token_bytes import MOST_TOKENS
 from tests.gpu.bench_fit import shape
 from tests.gpu.device_use import load_kernels, outside_torch, why_not_alone
 from tests.gpu.fit_models import PRESETS, TINY, config_of, random_nf4
