@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,8 @@ def used_by_others() -> int | None:
         asked = "import torch; free, total = torch.cuda.mem_get_info(); print(total - free)"
         done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
         return max(0, int(done.stdout) - int(BARE_CONTEXT) - int(mine))
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"  # asking torch would make a context
+    query = ["nvidia-smi", f"--id={visible}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     done = subprocess.run(query, capture_output=True, text=True)
     words = done.stdout.split()
     if done.returncode != 0 or not words or not words[0].isdigit():
