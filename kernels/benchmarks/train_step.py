@@ -5,9 +5,9 @@
     python -m slothrl bench step --arms slothrl,peft --length 8192 --batch 1
 
 nf4 with double quantisation, LoRA r=16 on the seven linear layers with float32 weights under bf16 autocast, gradient
-checkpointing, AdamW8bit (slothrl's in one launch), random weights and tokens, the same in every arm. A step is forward,
-backward, optimizer; median of `--steps` after three to warm up. Every arm must have the first arm's loss and gradient
-norm, as far as bf16 has them.
+checkpointing, AdamW8bit, random weights and tokens, the same in every arm. A step is forward, backward, optimizer;
+median of `--steps` after three to warm up. Every arm must have the first arm's loss and gradient norm, as far as bf16
+has them.
 Unsloth runs where it can be imported, through its public interface, from a checkpoint of the same weights on disk.
 """
 
@@ -234,7 +234,7 @@ def save_tokenizer(folder: str) -> None:
 
 def optimizer_of(parameters: list, cuda: bool, arm: str) -> Any:
     """bitsandbytes' 8-bit AdamW; slothrl's is the same in one launch."""
-    if cuda and arm == "slothrl":
+    if cuda and arm in ("slothrl", "graphs", "auto"):
         from slothrl.flat_adamw import FlatAdamW8bit
 
         return FlatAdamW8bit(parameters, lr=1e-4)
