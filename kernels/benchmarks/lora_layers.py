@@ -7,7 +7,7 @@ r=16 with float32 adapters under bf16 autocast. "bare" is one bf16 GEMM for all 
 weights lay in memory side by side in bf16: the least that any implementation could take. "in a layer" is what whole
 layers run (`LoraGroup`): x and the gradients lie where its neighbours wrote them. Milliseconds are those of the GPU, by
 replays of a CUDA graph of forward and backward with a cold L2 cache, for every arm that can be captured; "wall" is
-between events around a plain call. Every arm's outputs and gradients must be PEFT's to bf16's precision, a replay's too.
+between events around a plain call. Outputs and gradients must be PEFT's to bf16's precision, those of a replay too.
 """
 
 from __future__ import annotations
