@@ -31,6 +31,7 @@ CHOICES = {
     "model.quantization": ("auto", "nf4", "int8", "none"),
     "model.dtype": ("auto", "bfloat16", "float16", "float32"),
     "model.fuse": ("auto", "on", "off"),
+    "model.graphs": ("auto", "on", "off"),
     "model.activations": ("auto", "layer", "attention", "offload", "both"),
     "rollout.engine": ("auto", "vllm", "transformers"),
     "rollout.share_base": ("auto", "always", "never"),

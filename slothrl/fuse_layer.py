@@ -90,12 +90,13 @@ class FusedLayer(Replacement):
             (m, name, child) for m in module.modules() for name, child in m.named_children() if child in held
         ]
         self.hooks = [vars(m)[name] for m in inside for name in _HOOKS]  # the modules' own: they fill and empty
+        self.graphs: Any = None  # `LayerGraphs` of the model
         self._planned: LayerParts | None = None  # by `Direct`, for the forward that follows
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         parts, self._planned = self._planned, None
         if parts is not None:
-            return decoder_layer(args[0], parts)
+            return self._step(args[0], parts)
         checkpointed = getattr(self.layer, "gradient_checkpointing", False) and self.layer.training
         if checkpointed and not self._stands_alone():
             return self.original(*args, **kwargs)
@@ -103,7 +104,12 @@ class FusedLayer(Replacement):
         if parts is None:
             return self.original(*args, **kwargs)
         # Called from inside of torch's checkpoint: what is given to autograd to keep would be computed anew.
-        return decoder_layer(args[0], parts, save=not checkpointed)
+        return self._step(args[0], parts, save=not checkpointed)
+
+    def _step(self, x: Tensor, parts: LayerParts, save: bool = True) -> Tensor:
+        if self.graphs is None:
+            return decoder_layer(x, parts, save=save)
+        return self.graphs.run(self, decoder_layer, x, parts, save)
 
     def plan(self, args: tuple, kwargs: Mapping[str, Any], keep: Keep) -> LayerParts | None:
         """What this call computes, or None: the module's own forward has to."""
@@ -135,6 +141,7 @@ class FusedLayer(Replacement):
 
     def remove(self) -> None:
         super().remove()
+        self.graphs = None
         function = vars(self.module).get("_gradient_checkpointing_func")
         if isinstance(function, Direct):
             self.layer._gradient_checkpointing_func = function.theirs

@@ -34,7 +34,7 @@ class Timing(NamedTuple):
     def cell(self, base: Timing | None = None) -> str:
         """`1.234 (1.05x; wall 2.345; 67 MiB)`: times base by the GPU's time, where both were captured."""
         same = base is not None and (base.gpu is None) == (self.gpu is None)
-        parts = [f"{self.ms / base.ms:.2f}x"] if same else []
+        parts = [f"{self.ms / base.ms:.2f}x"] if base is not None and same else []
         parts += [] if self.gpu is None else [f"wall {self.wall:.3f}"]
         parts += ["not captured"] if self.why else []
         return f"{self.ms:.3f} ({'; '.join([*parts, f'{self.peak:.0f} MiB'])})"

@@ -1,13 +1,14 @@
-"""One SFT step of QLoRA, a process an arm: slothrl (fused), the same unfused, transformers + PEFT, Unsloth.
+"""One SFT step of QLoRA, a process an arm: slothrl (fused), by CUDA graphs too, unfused, transformers + PEFT, Unsloth.
 
     python -m slothrl bench step                                          # Llama-3-8B's shape, 2 x 2048 tokens
     python -m slothrl bench step --shape 0.6b --batch 8 --length 512      # Qwen3-0.6B's
     python -m slothrl bench step --arms slothrl,peft --length 8192 --batch 1
 
 nf4 with double quantisation, LoRA r=16 on the seven linear layers with float32 weights under bf16 autocast, gradient
-checkpointing, AdamW8bit, random weights and tokens, the same in every arm. A step is forward, backward, optimizer;
-median of `--steps` after three to warm up. Every arm must have the first arm's loss and gradient norm, as far as bf16
-has them.
+checkpointing, AdamW8bit (slothrl's in one launch), random weights and tokens, the same in every arm. A step is forward,
+backward, optimizer; median of `--steps` after some to warm up, with and without the optimizer's; what is timed is what
+was compared: every arm must have the first arm's loss and gradient norm after the former, as far as bf16 has them.
+Graphs: slothrl with model.graphs=off, graphs with on, auto with auto.
 Unsloth runs where it can be imported, through its public interface, from a checkpoint of the same weights on disk.
 """
 
@@ -25,7 +26,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ARMS = ("slothrl", "unfused", "peft", "unsloth")
+ARMS = ("slothrl", "graphs", "auto", "unfused", "peft", "unsloth")
+WARM_UP = 6  # forwards and backwards before the first update: `auto` has its measurements and its graphs then
+UPDATES = 3  # updates before the timing begins
 LOSS_TOLERANCE = 5e-3  # of bf16 implementations that round in different places
 NORM_TOLERANCE = 3e-2  # the same, of the gradient's norm
 
@@ -37,7 +40,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=2048, help="tokens a sequence")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--activations", default="auto", help="of slothrl: auto, layer, attention, offload, both")
-    parser.add_argument("--arms", help=f"some of {','.join(ARMS)}; default: slothrl,peft, and unsloth if installed")
+    parser.add_argument("--arms", help=f"of {','.join(ARMS)}; default: slothrl,graphs,peft, unsloth if installed")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--profile", action="store_true", help="also one step, kernel by kernel")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)  # set in the process of one arm
@@ -45,7 +48,7 @@ def main() -> int:
     if arguments.arm:
         print("RESULT " + json.dumps(run_arm(arguments)), flush=True)
         return 0
-    arms = arguments.arms.split(",") if arguments.arms else ["slothrl", "peft"]
+    arms = arguments.arms.split(",") if arguments.arms else ["slothrl", "graphs", "peft"]
     if not arguments.arms and importlib.util.find_spec("unsloth"):
         arms.append("unsloth")
     return compare(arms, arguments)
@@ -111,6 +114,10 @@ def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
     optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad], cuda, arguments.arm)
     losses, norm, taken = timed_steps(model, loss_of, optimizer, ids, arguments)
     peak = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (0, 0)
+    if arguments.arm in ("graphs", "auto") and cuda:
+        from slothrl.graphs import graphs_of
+
+        note += f"; {graphs_of(model)}"
     profile = []
     if arguments.profile:
         from profiled import profile_lines
@@ -133,25 +140,27 @@ def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
 def timed_steps(
     model: Any, loss_of: Callable, optimizer: Any, ids: Any, arguments: argparse.Namespace
 ) -> tuple[list[float], float, float]:
-    """(every step's loss, the first gradient's norm, median seconds of a step after the three that warm up)."""
+    """(losses from the last one before any update on, that one's gradient norm, median seconds of a step)."""
     import torch
 
     cuda, losses, norms, seconds = arguments.device == "cuda", [], [], []
-    for turn in range(3 + arguments.steps):
-        if turn == 3 and cuda:
+    for turn in range(WARM_UP + UPDATES + arguments.steps):
+        if turn == WARM_UP + UPDATES and cuda:
             torch.cuda.reset_peak_memory_stats()
         wait(cuda)
         start = time.perf_counter()
-        seen = (lambda: norms.append(grad_norm(model))) if turn == 0 else None
-        loss = step(loss_of, optimizer, ids, arguments.device, seen)
+        seen = (lambda: norms.append(grad_norm(model))) if turn == WARM_UP - 1 else None
+        loss = step(loss_of, optimizer, ids, arguments.device, seen, update=turn >= WARM_UP)
         wait(cuda)
         seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
-    return losses, norms[0], median(seconds[3:])
+    return losses[WARM_UP - 1 :], norms[0], median(seconds[-arguments.steps :])
 
 
-def step(loss_of: Callable, optimizer: Any, ids: Any, device: str, seen: Callable | None = None) -> Any:
-    """Forward, backward, optimizer; `seen` is called while the gradients are there."""
+def step(
+    loss_of: Callable, optimizer: Any, ids: Any, device: str, seen: Callable | None = None, update: bool = True
+) -> Any:
+    """Forward, backward, optimizer where there is to be an update; `seen` is called while the gradients are there."""
     import torch
 
     with torch.autocast(device, torch.bfloat16):
@@ -159,7 +168,8 @@ def step(loss_of: Callable, optimizer: Any, ids: Any, device: str, seen: Callabl
     loss.backward()
     if seen:
         seen()
-    optimizer.step()
+    if update:
+        optimizer.step()
     optimizer.zero_grad()
     return loss
 
@@ -178,11 +188,13 @@ def prepare_ours(arguments: argparse.Namespace) -> tuple[Any, Callable, str]:
     if arguments.arm == "peft":
         return model, lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss, ""
     note = ""
-    if arguments.arm == "slothrl":
+    if arguments.arm in ("slothrl", "graphs", "auto"):
         from slothrl.activations import keep_activations
         from slothrl.fuse import fuse
+        from slothrl.graphs import graph_layers
 
         rows = fuse(model).rows() + keep_activations(model, arguments.activations)
+        rows += graph_layers(model, {"slothrl": "off", "graphs": "on"}.get(arguments.arm, "auto"))
         note = "; ".join(f"{what} {how}".strip() for what, how in rows)
     return model, lambda ids: streamed_loss(model, ids), note
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slothrl_kernels.glu import glu_forward
 from slothrl_kernels.layer_attention import Attended, attend, attend_backward
 from slothrl_kernels.layer_mlp import glu_gradients, product, tiled_backward, tiles_of
 from slothrl_kernels.layer_parts import LayerParts, Norm
@@ -78,15 +77,7 @@ class _DecoderLayer(torch.autograd.Function):
         attended = attended if keep != "input" else None
         normed = _normed(u, parts.second, parts.inner, values[2], parts)
         down = LoraOnto(parts.down, values[3], flat, parts.impl)
-        if keep == "all":
-            inner = normed.group.forward(normed.both)
-            both = down.input_buffer(flat.size(0))
-            gate, up = inner.chunk(2, 1)
-            glu_forward(gate, up, parts.activation, parts.impl, both[:, : down.inputs])
-            del gate, up
-        else:
-            inner, both = None, down.input_buffer(flat.size(0))
-            product(normed.group, normed.both, parts, both[:, : down.inputs])
+        both, inner = product(normed.group, normed.both, down, parts, kept=keep == "all")
         del normed
         if follows:
             ctx.kept = _Kept(values if _holds(flat) else None, attended, *((u, inner) if keep == "all" else ()))

@@ -6,6 +6,7 @@ Tokens are flat, M = B S. q, k and v lie beside each other, as one GEMM writes t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,15 @@ class Attended:
         return out.reshape(out.size(0) * out.size(1), -1)
 
 
+class Turned(NamedTuple):
+    """q, k and v (B, heads, S, width) as attention takes them; raw as in `Attended`."""
+
+    raw: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
 def attend(qkv: Tensor, shape: torch.Size, parts: LayerParts, watched: bool) -> Attended:
     """Norms of q and k, rotation and attention on qkv (M, N), which is written over where no norm follows.
 
@@ -43,12 +53,23 @@ def attend(qkv: Tensor, shape: torch.Size, parts: LayerParts, watched: bool) -> 
         shape: (B, S, h) of the layer's input.
         watched: whether a backward follows.
     """
-    q, k, v = _heads(qkv, shape, parts)
+    return attention(turn(qkv, shape, parts), parts, watched)
+
+
+def turn(qkv: Tensor, shape: torch.Size, parts: LayerParts) -> Turned:
+    """Norms of q and k and rotation; over qkv (M, N) itself where there are no norms."""
+    q, k, v = heads_of(qkv, shape, parts)
     tables, raw = parts.tables, None
     if tables is not None and parts.norms is not None:
         q, k, raw = *qk_norm_rope_forward(q, k, *parts.norms, *tables, parts.norm, parts.impl), qkv
     elif tables is not None:
         q, k = rope_turn(q, k, *tables, in_place=True, impl=parts.impl)
+    return Turned(raw, q, k, v)
+
+
+def attention(turned: Turned, parts: LayerParts, watched: bool) -> Attended:
+    """Attention alone, as its caller's function computes it."""
+    raw, q, k, v = turned
     if not watched:
         with torch.no_grad():
             return Attended(raw, q, k, v, parts.attend(q, k, v))
@@ -60,13 +81,24 @@ def attend(qkv: Tensor, shape: torch.Size, parts: LayerParts, watched: bool) -> 
 
 def attend_backward(to_out: Tensor, attended: Attended, shape: torch.Size, parts: LayerParts) -> Tensor:
     """The gradient of qkv (M, N) from that of the output's rows (M, heads * width)."""
+    beside = attention_backward(to_out, attended)
+    turn_back(beside, attended.raw, shape, parts)
+    return beside
+
+
+def attention_backward(to_out: Tensor, attended: Attended, out: Tensor | None = None) -> Tensor:
+    """The gradients of q, k and v beside each other (M, N), into `out` where it is given; once."""
     leaves = (attended.q, attended.k, attended.v)
     found = torch.autograd.grad(attended.out, leaves, to_out.view(attended.out.shape))
-    beside = torch.cat([_rows(x) for x in found], 1)
-    to_q, to_k, _ = _heads(beside, shape, parts)
+    return torch.cat([rows_of_heads(x) for x in found], 1, out=out)
+
+
+def turn_back(beside: Tensor, raw: Tensor | None, shape: torch.Size, parts: LayerParts) -> None:
+    """Gradients of what `turn` made into those of what it was given, in place: beside (M, N), raw as `turn` gave it."""
+    to_q, to_k, _ = heads_of(beside, shape, parts)
     tables = parts.tables
-    if tables is not None and parts.norms is not None and attended.raw is not None:
-        q, k, _ = _heads(attended.raw, shape, parts)
+    if tables is not None and parts.norms is not None and raw is not None:
+        q, k, _ = heads_of(raw, shape, parts)
         options = {"impl": parts.impl, "in_place": True}
         made = qk_norm_rope_backward(to_q, to_k, q, k, *parts.norms, *tables, parts.norm, **options)
         for target, value in ((to_q, made.q), (to_k, made.k)):
@@ -74,17 +106,16 @@ def attend_backward(to_out: Tensor, attended: Attended, shape: torch.Size, parts
                 target.copy_(value)
     elif tables is not None:
         rope_turn(to_q, to_k, *tables, backward=True, in_place=True, impl=parts.impl)
-    return beside
 
 
-def _heads(qkv: Tensor, shape: torch.Size, parts: LayerParts) -> list[Tensor]:
+def heads_of(qkv: Tensor, shape: torch.Size, parts: LayerParts) -> list[Tensor]:
     """Views (B, heads, S, width) of q, k and v."""
     counts = [parts.heads, parts.kv_heads, parts.kv_heads]
     pieces = qkv.view(shape[0], shape[1], -1, parts.width).split(counts, 2)
     return [x.transpose(1, 2) for x in pieces]
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of_heads(x: Tensor) -> Tensor:
     """(B, heads, S, width) -> (M, heads * width)."""
     return x.transpose(1, 2).reshape(x.size(0) * x.size(2), -1)
 

@@ -46,18 +46,26 @@ def columns_of(tokens: int, inner: int, width: int) -> int:
     return inner if count < 2 else min(inner, -(-inner // count // GRAIN) * GRAIN)
 
 
-def product(group: LoraGroup, both: Tensor, parts: LayerParts, out: Tensor) -> None:
-    """act(gate) * up into out (M, F), of both (M, h + R), a norm's result, whose right columns are written here."""
-    tiles = tiles_of(parts, both)
-    if len(tiles) == 1:
-        gate, up = group.forward(both).chunk(2, 1)
-        glu_forward(gate, up, parts.activation, parts.impl, out)
-        return
+def product(
+    group: LoraGroup, both: Tensor, down: LoraOnto, parts: LayerParts, kept: bool
+) -> tuple[Tensor, Tensor | None]:
+    """A buffer of down's with act(gate) * up in it, and gate and up beside each other (M, 2 F) where they are `kept`.
+
+    Args:
+        both: (M, h + R), a norm's result, whose right columns are written here.
+    """
+    tiles, out = tiles_of(parts, both), down.input_buffer(both.size(0))
+    if kept or len(tiles) == 1:
+        inner = group.forward(both)
+        gate, up = inner.chunk(2, 1)
+        glu_forward(gate, up, parts.activation, parts.impl, out[:, : down.inputs])
+        return out, inner if kept else None
     group.shrink_into(both)
     for tile in tiles:
         gate, up = _gate_up(group, both, _weights(group, tile), tile).chunk(2, 1)
         glu_forward(gate, up, parts.activation, parts.impl, out[:, tile])
         del gate, up
+    return out, None
 
 
 def tiled_backward(

@@ -81,6 +81,13 @@ class AdapterGradients:
         return result
 
 
+def views_of_gradients(groups: Groups, flat: Tensor) -> list[Tensor | None]:
+    """dA_1, dB_1, dA_2, … as parts of `flat`: what is in an `AdapterGradients.flat`, in the parameters' dtype."""
+    sizes, places = _pieces(_shapes_of(groups))
+    found = flat.split(sizes)
+    return [None if place is None else found[place[0]].view(place[1]) for place in places]
+
+
 def gradient_of_a(group: Sequence[Projection], out: Tensor, to_xa: Tensor, x: Tensor) -> None:
     """Every dA_i = s_i (dy_i B_i)^T x into its rows of out (R, K), from all dy_i B_i (M, R) and x (M, K)."""
     scales = {float(p.scaling) for p in group if p.a is not None}
@@ -118,13 +125,38 @@ class _Places(NamedTuple):
     count: int
 
 
+Shapes = tuple[tuple[tuple[int, int, int], ...], ...]
+
+
+def _shapes_of(groups: Groups) -> Shapes:
+    """(r, N, K) of every projection of every group."""
+    return tuple(tuple((p.rank, *p.weight.shape) for p in group) for group in groups)
+
+
 def _places_of(groups: Groups) -> _Places:
-    return _places(tuple(tuple((p.rank, *p.weight.shape) for p in group) for group in groups))
+    return _places(_shapes_of(groups))
 
 
 @lru_cache(256)
-def _places(shapes: tuple[tuple[tuple[int, int, int], ...], ...]) -> _Places:
-    """Of (r, N, K) for every projection of every group."""
+def _pieces(shapes: Shapes) -> tuple[list[int], list[tuple[int, tuple[int, int]] | None]]:
+    """Of one split of everything: the sizes; for every A and B which piece it is, and its shape, None without one."""
+    sizes, places = [], []
+    for group in shapes:
+        adapted = [shape for shape in group if shape[0]]
+        of_a, first = [rank * inputs for rank, _, inputs in adapted], len(sizes)
+        rows = sum(rank for rank, _, _ in adapted)
+        sizes += [*of_a, (-rows % 8) * group[0][2], *(rank * outputs for rank, outputs, _ in adapted)]
+        for rank, outputs, inputs in group:
+            if rank:
+                places += [(first, (rank, inputs)), (first + len(adapted) + 1, (outputs, rank))]
+                first += 1
+            else:
+                places += [None, None]
+    return sizes, places
+
+
+@lru_cache(256)
+def _places(shapes: Shapes) -> _Places:
     found, sizes = [], []
     for group in shapes:
         ranks = tuple(rank for rank, _, _ in group)

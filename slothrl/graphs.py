@@ -1,0 +1,184 @@
+"""Whole layers by CUDA graphs (`graphed_layer`): for which calls, decided by what comes and what was measured.
+
+A number of tokens gets recordings once it has come a few times in training and, with `model.graphs=auto`, one layer's
+eager forward has shown that the device waits for the host. The first layer decides for all, at its turn. Whatever has
+no recording runs as before: other numbers of tokens, switched or disabled adapters, another stream.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from slothrl_kernels.graphed_layer import Recorded, addresses, bucket, graphed_layer, record_layer
+from slothrl_kernels.layer_frame import Frame, adapter_dtypes, frame_key, frame_widths
+from slothrl_kernels.layer_parts import LayerParts
+from slothrl_kernels.layer_recorder import CudaGraphs, Recorder
+from torch import Tensor
+
+from slothrl.fuse_layer import fused_layer
+from slothrl.pace import Pace
+from slothrl.plan import Rows
+
+WISHES = ("auto", "on", "off")
+LIMIT = 8  # numbers of tokens whose recordings are kept
+ARRIVALS = 2  # calls at a number of tokens before it is recorded; twice as many with everything that was given up
+ROOM = 8  # times a frame's memory that must be free for "auto"
+MOVES = 4  # times that all layers may be recorded anew because their weights are elsewhere
+
+
+class LayerGraphs:
+    """The recordings of one model's layers.
+
+    Args:
+        wish: "auto" or "on".
+        recorder: of the device that the model is on.
+    """
+
+    def __init__(self, wish: str, recorder: Recorder) -> None:
+        self.wish, self.recorder = wish, recorder
+        self.recorded: OrderedDict[tuple, dict[Any, Recorded]] = OrderedDict()  # by kind of call, oldest use first
+        self.paces: dict[tuple, Pace] = {}
+        self.stopped: str | None = None  # why there are none any more
+        self._frames: dict[tuple, Frame] = {}
+        self._arrived: Counter[tuple] = Counter()
+        self._watched: Any = None
+        self._moves = self._given_up = 0
+
+    def __deepcopy__(self, memo: dict) -> LayerGraphs:
+        """A copy of the model has weights elsewhere: it begins anew."""
+        return memo.setdefault(id(self), LayerGraphs(self.wish, type(self.recorder)()))
+
+    def run(self, layer: Any, eager: Callable[..., Tensor], x: Tensor, parts: LayerParts, save: bool) -> Tensor:
+        """`decoder_layer(x, parts, save)`: by a recording of `layer`, or by `eager`."""
+        kind = (bucket(x.size(0) * x.size(1)), parts.keep, x.dtype)
+        recorded = self._recording(layer, kind, x, parts)
+        if recorded is not None:
+            return graphed_layer(x, parts, recorded, save)
+        call = partial(eager, x, parts, save=save)
+        if layer is self._watched and kind in self.paces and kind not in self.recorded and torch.is_grad_enabled():
+            return self.paces[kind].watch(call)
+        return call()
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of frames and recordings."""
+        return sum(frame.nbytes for frame in self._frames.values()) + self.recorder.nbytes
+
+    def __str__(self) -> str:
+        if self.stopped:
+            return f"off: {self.stopped}"
+        sizes = ", ".join(f"{rows:,}" for rows in sorted({kind[0] for kind in self.recorded}))
+        held = f"{len(self.recorded)} recorded ({sizes} tokens), {self.nbytes / 2**20:.0f} MiB"
+        return "; ".join([held, *(f"{kind[0]:,} tokens: {pace}" for kind, pace in self.paces.items())])
+
+    def _recording(self, layer: Any, kind: tuple, x: Tensor, parts: LayerParts) -> Recorded | None:
+        if self.stopped or not self.recorder.ready():
+            return None
+        layers = self.recorded.get(kind)
+        mine = None if layers is None else layers.get(layer)
+        if mine is not None and mine.addresses == addresses(parts):
+            self.recorded.move_to_end(kind)
+            return mine
+        if not torch.is_grad_enabled() or len(adapter_dtypes(parts)) != 1:
+            return None
+        if layers is None and not self._due(layer, kind, x, parts):
+            return None
+        if mine is not None:
+            self._moves += 1
+            if self._moves > MOVES * len(layers or ()):
+                return self._stop("the adapters or weights are somewhere else at every call")
+        return self._record(layer, kind, x, parts)
+
+    def _due(self, layer: Any, kind: tuple, x: Tensor, parts: LayerParts) -> bool:
+        """Whether recording of this kind of call begins now."""
+        self._watched = self._watched or layer
+        if layer is not self._watched:
+            return False
+        self._arrived[kind] += 1
+        if self._arrived[kind] <= ARRIVALS << self._given_up:
+            return False
+        if self.wish == "on":
+            return True
+        if kind not in self.paces:
+            self.paces[kind] = Pace()
+        return bool(self.paces[kind].waits_for_host()) and self._has_room(kind[0], x, parts)
+
+    def _has_room(self, rows: int, x: Tensor, parts: LayerParts) -> bool:
+        free = torch.cuda.mem_get_info(x.device)[0]
+        free += torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
+        return free >= ROOM * rows * sum(frame_widths(parts, x).values()) * x.element_size()
+
+    def _record(self, layer: Any, kind: tuple, x: Tensor, parts: LayerParts) -> Recorded | None:
+        try:
+            if kind not in self.recorded:
+                self.recorder.begin()
+            frame = self._frame(kind[0], x, parts)
+            made = record_layer(parts, frame, kind[0], self.recorder)
+        except Exception as error:  # what cannot be recorded runs as before
+            return self._stop(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+        if kind not in self.recorded and len(self.recorded) >= LIMIT:
+            self.recorded.popitem(last=False)
+            self._given_up += 1
+        self.recorded.setdefault(kind, {})[layer] = made
+        return made
+
+    def _frame(self, rows: int, x: Tensor, parts: LayerParts) -> Frame:
+        """Room for so many rows; recordings in one that is too small are given up."""
+        key = frame_key(parts, x)
+        old = self._frames.get(key)
+        if old is not None and old.capacity >= rows:
+            return old
+        if old is not None:
+            self._given_up += 1
+            for kind in [k for k, layers in self.recorded.items() if any(r.frame is old for r in layers.values())]:
+                del self.recorded[kind]
+            del self._frames[key], old
+        self._frames[key] = Frame(rows, parts, x)
+        return self._frames[key]
+
+    def _stop(self, why: str) -> None:
+        self.stopped = why
+        self.recorded.clear()
+        self._frames.clear()
+        self.recorder.close()
+        warnings.warn(f"layers run without CUDA graphs from here on: {why}", stacklevel=2)
+
+
+def graph_layers(model: Any, wish: str, recorder: Recorder | None = None) -> Rows:
+    """Let the whole layers of a fused model run by CUDA graphs as `model.graphs` asks for; rows for the plan table.
+
+    Args:
+        model: after `fuse`; `unfuse` takes this away too.
+        wish: "auto", "on" or "off".
+        recorder: in the place of CUDA graphs.
+
+    Raises:
+        ValueError: an unknown wish.
+    """
+    if wish not in WISHES:
+        raise ValueError(f"graphs {wish!r} is not one of {', '.join(WISHES)}")
+    layers = [fused for module in model.modules() if (fused := fused_layer(module)) is not None]
+    for layer in layers:
+        layer.graphs = None
+    if wish == "off":
+        return [("graphs", "none (model.graphs=off)")]
+    cuda = any(p.is_cuda for p in model.parameters())
+    if not layers or not (cuda or recorder):
+        why = "no layer runs as one step" if cuda or recorder else "there is no GPU"
+        return [("graphs", f"none: {why}")]
+    graphs = LayerGraphs(wish, recorder or CudaGraphs())
+    for layer in layers:
+        layer.graphs = graphs
+    when = "" if wish == "on" else ", where the first steps show that the GPU waits for the host"
+    return [("graphs", f"CUDA graphs of {len(layers)} layers for numbers of tokens that come again{when}")]
+
+
+def graphs_of(model: Any) -> LayerGraphs | None:
+    """What `graph_layers` put into a model."""
+    found = (fused_layer(module) for module in model.modules())
+    return next((fused.graphs for fused in found if fused is not None and fused.graphs is not None), None)
