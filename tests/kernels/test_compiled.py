@@ -75,7 +75,7 @@ def compile_gemm(config, capability, **constants):
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("right", [0, 48])
 def test_a_group_is_unpacked_as_one_is(right, capability):
-    """16-byte stores only, 4 a weight and 2 beside it; the compiler merges two branches (3.6) or all; nothing spilled."""
+    """16-byte stores only, 4 a weight and 2 beside it; two branches are merged (Triton 3.6) or all; nothing spilled."""
     from slothrl_kernels.nf4_group import ROWS, unpack_group_kernel
 
     names = [name for name in unpack_group_kernel.arg_names if not name.isupper()]
