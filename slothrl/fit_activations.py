@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slothrl_kernels.layer_mlp import columns_of
+
 from slothrl.fit_shape import Shape
 
 LOGPROB_CHUNK = 1024  # tokens whose logits exist at once: `slothrl.logprobs.selective_logprobs`
@@ -117,17 +119,15 @@ def last_norm_bytes(shape: Shape, batch: MicroBatch, width: int) -> int:
 def head_bytes(shape: Shape, batch: MicroBatch, width: int, trainer: str) -> int:
     """What the head takes at the end of the forward.
 
-    GRPO: the hidden states of N tokens and their gradients, 2 e h N, and tiles of logits, e V x 1,024 tokens each: one,
-    or two where there is more than one (the next is made before the last one is dropped). With capped logits plain
-    torch runs over a tile, and `CAPPED_TILE` bytes a logit are alive in its backward. SFT (TRL's fused head): one tile
-    of `TRL_TILE`, the hidden states, e h N, and their gradient in float32, 4 h N.
+    GRPO: the hidden states of N tokens and their gradients, 2 e h N, and one tile of logits, e V x 1,024 tokens.
+    With capped logits plain torch runs over a tile, and `CAPPED_TILE` bytes a logit are alive in its backward. SFT
+    (TRL's fused head): one tile of `TRL_TILE`, the hidden states, e h N, and their gradient in float32, 4 h N.
     """
     if trainer == "sft":
         rows, columns = min(batch.kept, TRL_TILE[0]), min(shape.vocabulary, TRL_TILE[1])
         return rows * columns * width + (4 + width) * shape.hidden * batch.kept
     tile = min(batch.kept, LOGPROB_CHUNK) * shape.vocabulary
-    tiles = 1 if batch.kept <= LOGPROB_CHUNK else 2
-    logits = tile * CAPPED_TILE if shape.softcap else tiles * tile * width
+    logits = tile * CAPPED_TILE if shape.softcap else tile * width
     return 2 * width * shape.hidden * batch.kept + logits
 
 
@@ -148,10 +148,19 @@ def fused_layer_bytes(shape: Shape, batch: MicroBatch, width: int) -> int:
     return batch.tokens * per_token + width * batch.mask_cells
 
 
-def fused_mlp_bytes(shape: Shape, batch: MicroBatch, width: int, quantized: bool) -> int:
+def fused_mlp_bytes(shape: Shape, batch: MicroBatch, width: int, quantized: bool, kept: bool = False) -> int:
     """The backward of a fused MLP at its fullest (`lora_mlp`): gate and up, which their gradients overwrite, and the
     product's gradient, 3 e m; the gradients that come in and leave, one of them beside its rank products, 2 e h; a
-    token. And the largest matrix unpacked, e n."""
+    token. And the largest matrix unpacked, e n.
+
+    Where whole layers are fused, which are those with two norms, over nf4 weights, and many tokens: t of the m columns
+    at a time (`slothrl_kernels.layer_mlp`), 3 e t, and the gradients that come in, leave and are summed up, 3 e h, a
+    token; and t columns of all three matrices, 3 e t h. Not where gate and up were `kept`.
+    """
+    whole = kept or not quantized or shape.norms != 2
+    columns = shape.mlp if whole else columns_of(batch.tokens, shape.mlp, width)
+    if columns < shape.mlp:
+        return width * (batch.tokens * 3 * (columns + shape.hidden) + 3 * columns * shape.hidden)
     unpacked = width * shape.largest if quantized else 0
     return batch.tokens * width * (3 * shape.mlp + 2 * shape.hidden) + unpacked
 
@@ -247,7 +256,7 @@ def _whole_layer(shape: Shape, batch: MicroBatch, route: Route) -> tuple[int, in
     """Without checkpointing: what a layer keeps, its MLP included, and what the last one's backward adds to that."""
     if route.fused:
         kept = 2 * product_bytes(shape, batch, route.width)  # gate and up
-        mlp = fused_mlp_bytes(shape, batch, route.width, route.quantized)
+        mlp = fused_mlp_bytes(shape, batch, route.width, route.quantized, kept=True)
         # Where gate and up were kept, their gradients do not overwrite them.
         return fused_layer_bytes(shape, batch, route.width) + kept, mlp
     product = product_bytes(shape, batch, route.width)

@@ -157,6 +157,7 @@ class _FrozenHead(torch.autograd.Function):
             logprobs[rows], entropy[rows], _ = softmax(logits, labels[rows], inv_temperature, into)
             if slope is not None:
                 slope[rows] = _slope(logits, labels[rows], logprobs[rows], head.weight, inv_temperature)
+            del logits, into  # before the next ones are made: a chunk of 128K entries is a quarter of a GiB
         ctx.save_for_backward(slope)
         # clone: two outputs that share a buffer could not be changed in place.
         entropy = entropy.clone()

@@ -4,8 +4,10 @@
     python -m slothrl bench layers --tokens 4096 --only 8b
 
 r=16 with float32 adapters under bf16 autocast. "bare" is one bf16 GEMM for all outputs and one for dx, as if the
-weights lay in memory side by side in bf16: the least that any implementation could take. Medians of CUDA events with a
-cold L2 cache. Every arm's outputs and gradients must be PEFT's to bf16's precision.
+weights lay in memory side by side in bf16: the least that any implementation could take. "in a layer" is what whole
+layers run (`LoraGroup`): x and the gradients lie where its neighbours wrote them. Milliseconds are those of the GPU, by
+replays of a CUDA graph of forward and backward with a cold L2 cache, for every arm that can be captured; "wall" is
+between events around a plain call. Outputs and gradients must be PEFT's to bf16's precision, those of a replay too.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from gpu_timing import Timing, timed
 from random_models import SHAPES, random_linear, randomize_adapter
 from torch import nn
 
 CASES = {"q, k, v": ["q", "k", "v"], "gate, up": ["gate", "up"], "o": ["o"], "down": ["down"]}
+HEADS = ["case", "bare", "slothrl", "in a layer", "narrow", "wide", "tall", "recompute", "PEFT"]
 TOLERANCE = 4e-2  # of the largest value: bf16 sums of 4,096 terms in another order
 
 
@@ -72,26 +76,7 @@ def adapted(module: nn.Module) -> Any:
     return model.train()
 
 
-# --- timing ---------------------------------------------------------------------------------------------------------
-
-
-def timed(call: Callable[[], Any]) -> tuple[float, float]:
-    """(ms, peak MiB beyond what was there before)."""
-    if not torch.cuda.is_available():
-        start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start) * 1e3, 0.0
-    from triton.testing import do_bench
-
-    call()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    ms: Any = do_bench(call, warmup=20, rep=100, return_mode="median")
-    return ms, peak
+# --- what is timed ---------------------------------------------------------------------------------------------------
 
 
 def step_of(function: Callable, x: torch.Tensor, parameters: list, gradients: list) -> Callable[[], list]:
@@ -132,7 +117,30 @@ def agrees(ours: list, theirs: list) -> bool:
 # --- cases ----------------------------------------------------------------------------------------------------------
 
 
-def group_case(name: str, shape: str, tokens: int, device: str) -> list[str]:
+def in_a_layer(readers: list, x: torch.Tensor, gradients: list) -> Callable[[], list]:
+    """Projections of one input as `decoder_layer` runs them, without autograd: [x | x A'^T], gradients side by side."""
+    from slothrl_kernels.decoder_layer import HOLD
+    from slothrl_kernels.lora_flat import AdapterGradients, adapter_values
+    from slothrl_kernels.lora_group import LoraGroup
+
+    plain, upstream = x.detach(), torch.cat(gradients, -1)
+    projections = [reader.read(plain).projection for reader in readers]
+    both = LoraGroup(projections, adapter_values([projections], plain)[0], plain, "auto").buffer(len(plain))
+    both[:, : plain.size(1)] = plain
+
+    @torch.no_grad()
+    def call() -> list:
+        values = adapter_values([projections], plain)
+        group, found = LoraGroup(projections, values[0], plain, "auto"), AdapterGradients([projections], plain)
+        y = group.forward(both, hold=plain.size(0) >= HOLD * plain.size(1))
+        to_x, to_xa = group.input_gradient(upstream)
+        group.parameter_gradients(both, to_xa, upstream, found.found[0])
+        return [*y.split([g.size(-1) for g in gradients], 1), to_x, *found.finish()]
+
+    return call
+
+
+def group_case(name: str, shape: str, tokens: int, device: str, missed: list[str]) -> list[str]:
     """One row: a group of linear layers that share their input."""
     from slothrl_kernels import lora_linear
 
@@ -146,7 +154,8 @@ def group_case(name: str, shape: str, tokens: int, device: str) -> list[str]:
     gradients = [torch.randn(tokens, n, device=device).bfloat16() for _, n in widths.values()]
     parameters = [p for p in model.parameters() if p.requires_grad]
     plain = step_of(model, x, parameters, gradients)
-    expected, peft = plain(), timed(plain)
+    expected = plain()
+    peft = timed(plain, lambda results: agrees(results, expected))
     base = timed(bare(model, x, gradients))
     report = fuse(model, inputs={"x": torch.randn(2, x.size(1), device=device).bfloat16().requires_grad_()})
     assert sum(report.fused.values()) == 1 and not report.kept, str(report)
@@ -159,10 +168,12 @@ def group_case(name: str, shape: str, tokens: int, device: str) -> list[str]:
             return lora_linear(x, [r.read(x).projection for r in readers], layout=layout)
 
         arms[layout] = step_of(call, x, parameters, gradients)
-    return row(f"{name}, {shape}", base, peft, arms, expected)
+    if len(widths) > 1:
+        arms["in a layer"] = in_a_layer(readers, x, gradients)
+    return row(f"{name}, {shape}", base, peft, arms, expected, missed)
 
 
-def mlp_case(shape: str, tokens: int, device: str) -> list[str]:
+def mlp_case(shape: str, tokens: int, device: str, missed: list[str]) -> list[str]:
     """One row: the whole MLP, gate and up kept; and recomputed, as under a checkpoint (one forward GEMM pair more)."""
     from slothrl_kernels import lora_mlp
 
@@ -175,7 +186,8 @@ def mlp_case(shape: str, tokens: int, device: str) -> list[str]:
     gradients = [torch.randn(tokens, sizes["gate"][0], device=device).bfloat16()]
     parameters = [p for p in model.parameters() if p.requires_grad]
     plain = step_of(model, x, parameters, gradients)
-    expected, peft = plain(), timed(plain)
+    expected = plain()
+    peft = timed(plain, lambda results: agrees(results, expected))
     base = timed(bare_mlp(*sizes["gate"], x))
     report = fuse(model, inputs={"x": torch.randn(2, x.size(1), device=device).bfloat16().requires_grad_()})
     assert report.fused["gated MLP"] == 1, str(report)
@@ -188,22 +200,24 @@ def mlp_case(shape: str, tokens: int, device: str) -> list[str]:
         return lora_mlp(x, [gate, up], down, recompute=True)
 
     arms["recompute"] = step_of(recomputed, x, parameters, gradients)
-    return row(f"MLP, {shape}", base, peft, arms, expected)
+    return row(f"MLP, {shape}", base, peft, arms, expected, missed)
 
 
-def row(name: str, base: tuple, peft: tuple, arms: dict[str, Callable], expected: list) -> list[str]:
-    """A table's row; a wrong arm is marked."""
-    cells = [name, f"{base[0]:.3f}"]
-    for arm in ("slothrl", "narrow", "wide", "tall", "recompute"):
+def row(
+    name: str, base: Timing, peft: Timing, arms: dict[str, Callable], expected: list, missed: list[str]
+) -> list[str]:
+    """A table's row; a wrong arm is marked, and `missed` gets what could not be captured."""
+    cells, found = [name, base.cell()], {"bare": base, "PEFT": peft}
+    for arm in HEADS[2:-1]:
         if arm not in arms:
             cells.append("-")
-            continue
-        if not agrees(arms[arm](), expected):
+        elif not agrees(arms[arm](), expected):
             cells.append("WRONG")
-            continue
-        ms, peak = timed(arms[arm])
-        cells.append(f"{ms:.3f} ({ms / base[0]:.2f}x, {peak:.0f} MiB)")
-    return [*cells, f"{peft[0]:.3f} ({peft[0] / base[0]:.2f}x, {peft[1]:.0f} MiB)"]
+        else:
+            found[arm] = timed(arms[arm], lambda results: agrees(results, expected))
+            cells.append(found[arm].cell(base))
+    missed += [f"{name}: {arm} was not captured, {t.why}" for arm, t in found.items() if t.why]
+    return [*cells, peft.cell(base)]
 
 
 def unsloth_row(shape: str, tokens: int) -> list[str]:
@@ -218,7 +232,10 @@ def unsloth_row(shape: str, tokens: int) -> list[str]:
     inner = model.base_model.model
     call = step_of(lambda x: list(kernels.apply_lora_qkv(inner, x)), x, parameters, gradients)
     expected = step_of(model, x, parameters, gradients)()
-    return [f"q, k, v, {shape}", "WRONG" if not agrees(call(), expected) else f"{timed(call)[0]:.3f}"]
+    if not agrees(call(), expected):
+        return [f"q, k, v, {shape}", "WRONG"]
+    found = timed(call, lambda results: agrees(results, expected))
+    return [f"q, k, v, {shape}", f"{found.cell()} {found.why}"]
 
 
 def main() -> int:
@@ -236,19 +253,21 @@ def main() -> int:
         return 0
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
     print(f"### LoRA layers over nf4, r=16, {arguments.tokens} tokens, forward and backward\n")
-    print(f"{device}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; ms (times bare, extra memory)\n")
-    heads = ["case", "bare", "slothrl", "narrow", "wide", "tall", "recompute", "PEFT"]
-    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|", flush=True)
+    print(f"{device}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    print("ms of the GPU (times bare; ms between events; extra memory)\n")
+    print("| " + " | ".join(HEADS) + " |\n" + "|---" * len(HEADS) + "|", flush=True)
+    missed: list[str] = []
     for shape in shapes:
         for case in [*CASES, "MLP"]:
             run = mlp_case if case == "MLP" else group_case
             try:
-                options = (shape, arguments.tokens, arguments.device)
+                options = (shape, arguments.tokens, arguments.device, missed)
                 cells = run(*options) if case == "MLP" else run(case, *options)  # pyright: ignore
             except Exception as error:  # the other rows still count
                 cells = [f"{case}, {shape}", f"FAILED: {type(error).__name__}: {str(error)[:150]!r}"]
             wrong += any("WRONG" in cell or "FAILED" in cell for cell in cells)
             print("| " + " | ".join(cells) + " |", flush=True)
+    print("\n" + ("\n".join(missed) if missed else "every arm was captured"), flush=True)
     if importlib.util.find_spec("unsloth"):
         print("\n| case | Unsloth ms |\n|---|---|", flush=True)
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--unsloth"])

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slothrl_kernels.glu import glu_backward, glu_forward
 from slothrl_kernels.layer_attention import Attended, attend, attend_backward
+from slothrl_kernels.layer_mlp import glu_gradients, product, tiled_backward, tiles_of
 from slothrl_kernels.layer_parts import LayerParts, Norm
 from slothrl_kernels.lora_flat import AdapterGradients, Adapters, adapter_values
 from slothrl_kernels.lora_group import LoraGroup, LoraOnto
@@ -76,17 +76,14 @@ class _DecoderLayer(torch.autograd.Function):
         u, _ = _onto_residual(LoraOnto(parts.o, values[1], flat, parts.impl), attended.rows, flat)
         attended = attended if keep != "input" else None
         normed = _normed(u, parts.second, parts.inner, values[2], parts)
-        inner = normed.group.forward(normed.both)
-        del normed
-        gate, up = inner.chunk(2, 1)
         down = LoraOnto(parts.down, values[3], flat, parts.impl)
-        both = down.input_buffer(flat.size(0))
-        glu_forward(gate, up, parts.activation, parts.impl, both[:, : down.inputs])
+        both, inner = product(normed.group, normed.both, down, parts, kept=keep == "all")
+        del normed
         if follows:
             ctx.kept = _Kept(values if _holds(flat) else None, attended, *((u, inner) if keep == "all" else ()))
             ctx.parts, ctx.versions, ctx.held = parts, _versions(adapters), None if save else x
             ctx.save_for_backward(x if save else None)
-        del inner, gate, up, attended
+        del inner, attended
         return down.forward(both, u).view(x.shape)
 
     @staticmethod
@@ -143,25 +140,39 @@ def _mlp_backward(
 ) -> Tensor:
     """A buffer of `onto` with du (M, h) in it; the gradients of the adapters of gate, up and down go into theirs."""
     normed = _normed(u, parts.second, parts.inner, values[0], parts)
-    if inner is None:
-        inner = normed.group.forward(normed.both, _holds(u))
-    else:
-        normed.group.shrink_into(normed.both)
     down = LoraOnto(parts.down, values[1], u, parts.impl)
     upstream = down.buffer(u.size(0))
     upstream[:, : u.size(1)] = to_y
-    to_h = down.input_gradient(upstream)
-    # One pass gives h, dgate and dup, over the memory of dh, gate and up where a kernel runs.
-    h, to_inner = _glu_backward(inner, to_h, parts)
-    del inner, to_h
-    down.parameter_gradients(h, down.shrink(h), upstream, gradients[1])
-    del h, upstream
-    to_n, to_xa = normed.group.input_gradient(to_inner)
-    normed.group.parameter_gradients(normed.both, to_xa, to_inner, gradients[0])
-    del to_inner
+    if inner is None and len(tiles_of(parts, u)) > 1:
+        to_n = tiled_backward(normed.group, normed.both, down, upstream, parts, gradients)
+    else:
+        to_n = _whole_backward(normed, down, upstream, parts, inner, gradients)
+    del upstream
     out = onto.buffer(u.size(0))  # no sooner: gate, up and their weights are what a layer needs most memory for
     _norm_backward(to_n, to_y, u, normed.r, parts.second, parts, out[:, : u.size(1)])
     return out
+
+
+def _whole_backward(
+    normed: _Normed,
+    down: LoraOnto,
+    upstream: Tensor,
+    parts: LayerParts,
+    inner: Tensor | None,
+    gradients: list[Adapters],
+) -> Tensor:
+    """`tiled_backward` with gate and up all at once: made here, or kept."""
+    if inner is None:
+        inner = normed.group.forward(normed.both, upstream.size(0) >= HOLD * normed.group.inputs)
+    else:
+        normed.group.shrink_into(normed.both)
+    h, to_inner = glu_gradients(inner, down.input_gradient(upstream), parts)
+    del inner
+    down.parameter_gradients(h, down.shrink(h), upstream, gradients[1])
+    del h
+    to_n, to_xa = normed.group.input_gradient(to_inner)
+    normed.group.parameter_gradients(normed.both, to_xa, to_inner, gradients[0])
+    return to_n
 
 
 def _normed(x: Tensor, norm: Norm, group: Sequence[Projection], adapters: Adapters, parts: LayerParts) -> _Normed:
@@ -186,14 +197,6 @@ def _holds(x: Tensor) -> bool:
 
 def _versions(adapters: Sequence[Tensor | None]) -> list[int]:
     return [t._version for t in adapters if t is not None]
-
-
-def _glu_backward(inner: Tensor, to_h: Tensor, parts: LayerParts) -> tuple[Tensor, Tensor]:
-    """h (M, F), and the gradient of gate and up beside each other (M, 2 F)."""
-    gate, up = inner.chunk(2, 1)
-    h, to_gate, to_up = glu_backward(gate, up, to_h, parts.activation, parts.impl, in_place=True)
-    written_over = to_gate.data_ptr() == gate.data_ptr()
-    return h, inner if written_over else torch.cat([to_gate, to_up], 1)
 
 
 def _norm_backward(

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from slothrl_kernels.decoder_layer import _mlp_backward, _norm_backward, _normed, _onto_residual
-from slothrl_kernels.glu import glu_forward
 from slothrl_kernels.layer_attention import Turned, heads_of, rows_of_heads, turn, turn_back
 from slothrl_kernels.layer_frame import Frame
+from slothrl_kernels.layer_mlp import product
 from slothrl_kernels.layer_parts import LayerParts
 from slothrl_kernels.lora_flat import AdapterGradients, adapter_values
 from slothrl_kernels.lora_group import LoraOnto
@@ -55,16 +55,12 @@ class LayerSteps:
         values = adapter_values(parts.groups[1:], x)
         u, _ = _onto_residual(LoraOnto(parts.o, values[0], x, parts.impl), self.rows("rows"), x)
         normed = _normed(u, parts.second, parts.inner, values[1], parts)
-        inner = normed.group.forward(normed.both)
-        del normed
-        if parts.keep == "all":
+        down = LoraOnto(parts.down, values[2], x, parts.impl)
+        both, inner = product(normed.group, normed.both, down, parts, kept=parts.keep == "all")
+        if inner is not None:
             self.rows("u").copy_(u)
             self.rows("inner").copy_(inner)
-        gate, up = inner.chunk(2, 1)
-        down = LoraOnto(parts.down, values[2], x, parts.impl)
-        both = down.input_buffer(self.count)
-        glu_forward(gate, up, parts.activation, parts.impl, both[:, : down.inputs])
-        del inner, gate, up
+        del normed, inner
         self.rows("state").copy_(down.forward(both, u))
 
     def middle(self) -> None:

@@ -63,7 +63,7 @@ class LoraGroup:
         if not self._packed:
             return self._forward_dense(both)
         whole = self._unpacked()
-        y = both @ whole.T if (bias := self._bias()) is None else torch.addmm(bias, both, whole.T)
+        y = both @ whole.T if (bias := self.bias()) is None else torch.addmm(bias, both, whole.T)
         self._whole = whole if hold else None
         return y
 
@@ -97,7 +97,7 @@ class LoraGroup:
     def _packed(self) -> bool:
         return not any(isinstance(p.weight, Tensor) for p in self.projections)
 
-    def _bias(self) -> Tensor | None:
+    def bias(self) -> Tensor | None:
         """All biases beside each other (N,), zeros for those that have none."""
         if all(p.bias is None for p in self.projections):
             return None
@@ -182,19 +182,27 @@ class LoraOnto:
     def input_gradient(self, both: Tensor) -> Tensor:
         """dx (M, K) of both (M, N + R), whose right columns are written here."""
         p, outputs = self.projection, self.outputs
-        to_y = both[:, :outputs]
+        self.expand_into(both)
+        if isinstance(p.weight, Tensor):
+            to_x = both[:, :outputs] @ dense(p.weight, both.dtype)
+            return to_x if self.a is None else to_x.addmm_(both[:, outputs:], self.a)
+        return both @ self.unpacked(slice(0, self.inputs))
+
+    def expand_into(self, both: Tensor) -> None:
+        """dy B into the right columns of both (M, N + R)."""
+        p, outputs = self.projection, self.outputs
         if self.b is not None:
             if p.rank < self.rank:
                 both[:, outputs + p.rank :].zero_()
-            torch.mm(to_y, self.b, out=both[:, outputs : outputs + p.rank])
-        if isinstance(p.weight, Tensor):
-            to_x = to_y @ dense(p.weight, both.dtype)
-            return to_x if self.a is None else to_x.addmm_(both[:, outputs:], self.a)
-        whole = both.new_empty(outputs + self.rank, self.inputs)  # [W ; A']
-        dense(p.weight, both.dtype, whole[:outputs], self.impl)
+            torch.mm(both[:, :outputs], self.b, out=both[:, outputs : outputs + p.rank])
+
+    def unpacked(self, columns: slice) -> Tensor:
+        """[W ; A'] of these of the K columns (N + R, width), for a packed W."""
+        whole = self.like.new_empty(self.outputs + self.rank, columns.stop - columns.start)
+        unpack_group([Part(self.projection.weight)], whole[: self.outputs], columns, self.impl)
         if self.a is not None:
-            whole[outputs:] = self.a
-        return both @ whole
+            whole[self.outputs :] = self.a[:, columns]
+        return whole
 
     def parameter_gradients(self, x: Tensor, xa: Tensor | None, both: Tensor, out: Adapters) -> None:
         """dA and dB into `out`; `both` as `input_gradient` left it."""

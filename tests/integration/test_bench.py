@@ -18,7 +18,7 @@ def benchmarks(monkeypatch):
     """kernels/benchmarks importable, as it is for the scripts in it."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
-    for name in ("random_models", "train_step", "lora_layers"):
+    for name in ("random_models", "train_step", "lora_layers", "gpu_timing"):
         sys.modules.pop(name, None)
 
 
@@ -40,14 +40,26 @@ def test_every_arm_of_a_step_trains_the_same(benchmarks):
 def test_layers_agree_with_peft_in_every_layout(benchmarks):
     import lora_layers
 
+    missed = []
     for cells in (
-        lora_layers.group_case("q, k, v", "tiny", 300, "cpu"),
-        lora_layers.group_case("down", "tiny", 300, "cpu"),
-        lora_layers.mlp_case("tiny", 300, "cpu"),
+        lora_layers.group_case("q, k, v", "tiny", 300, "cpu", missed),
+        lora_layers.group_case("down", "tiny", 300, "cpu", missed),
+        lora_layers.mlp_case("tiny", 300, "cpu", missed),
     ):
-        assert len(cells) == 8 and not any("WRONG" in cell for cell in cells), cells
+        assert len(cells) == len(lora_layers.HEADS) and not any("WRONG" in cell for cell in cells), cells
+    assert missed == []
     ours = [torch.ones(3), torch.zeros(3)]
     assert not lora_layers.agrees(ours, ours)  # a gradient of zeros trains nothing
+
+
+def test_what_a_cell_says(benchmarks):
+    from gpu_timing import Timing
+
+    base, slow = Timing(2.0, 5.0, 64), Timing(3.0, 9.0, 128.4)
+    assert base.cell() == "2.000 (wall 5.000; 64 MiB)" and slow.cell(base) == "3.000 (1.50x; wall 9.000; 128 MiB)"
+    uncaptured = Timing(None, 9.0, 1, "RuntimeError: no")
+    assert uncaptured.cell(base) == "9.000 (not captured; 1 MiB)"  # the host's time is no multiple of the GPU's
+    assert Timing(None, 9.0, 1).cell(Timing(None, 3.0, 1)) == "9.000 (3.00x; 1 MiB)"  # on a CPU
 
 
 def test_a_random_model_and_its_checkpoint_are_one(benchmarks, tmp_path):

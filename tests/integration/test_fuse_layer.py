@@ -210,9 +210,10 @@ class Launches(TorchDispatchMode):
     VIEWS = "view _unsafe_view t transpose permute slice split split_with_sizes expand unsqueeze detach alias select"
     VIEWS = {f"aten.{name}" for name in (*VIEWS.split(), "empty", "empty_like", "new_empty", "promote_types")}
     KERNELS = {
-        "base_weight": ["nf4_dequantize"],
+        "lora_group": ["unpack_group"],
         "layer_attention": ["qk_norm_rope_forward", "qk_norm_rope_backward", "rope_turn"],
-        "decoder_layer": ["rms_norm_forward", "rms_norm_backward", "glu_forward", "glu_backward"],
+        "layer_mlp": ["unpack_group", "glu_forward", "glu_backward"],
+        "decoder_layer": ["rms_norm_forward", "rms_norm_backward"],
     }
 
     def __init__(self, monkeypatch):
@@ -263,4 +264,4 @@ def test_how_much_a_layer_launches(folders, monkeypatch):  # noqa: F811
         with seen:
             seen.count = 0
             loss.backward()
-    assert forward <= 33 and seen.count <= 62
+    assert forward <= 21 and seen.count <= 51

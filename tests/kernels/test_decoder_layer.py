@@ -1,13 +1,17 @@
 """A decoder layer as one step: values and gradients under a budget, whatever it keeps, over nf4 and dense weights."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from slothrl_kernels import Projection
 from slothrl_kernels.decoder_layer import HOLD, decoder_layer
+from slothrl_kernels.layer_mlp import tiles_of
 from slothrl_kernels.layer_parts import LayerParts, Norm
 from slothrl_kernels.layer_reference import decoder_layer_reference
 from slothrl_kernels.lora_flat import adapter_values
+from slothrl_kernels.nf4_weight import Nf4Weight
 from slothrl_kernels.qk_norm_rope import QKNorm
 
 from tests.kernels.budget import budget_of
@@ -88,6 +92,45 @@ def test_many_tokens_hold_the_unpacked_weights(monkeypatch):
     assert len(count) == 7 + 8  # o forward again, and its gradient
 
 
+def in_tiles(monkeypatch):
+    """Of 48, 48 and 32 columns."""
+    from slothrl_kernels import layer_mlp
+
+    monkeypatch.setattr(layer_mlp, "TILE", 1)
+    monkeypatch.setattr(layer_mlp, "GRAIN", 48)
+
+
+@pytest.mark.parametrize("shapes", [SHAPES, JOINT], ids=["two", "joint"])
+def test_an_mlp_in_tiles(monkeypatch, shapes):
+    tensors, weights = case("nf4", shapes)
+    upstream = [values(2, 7, 64, seed=20)]
+    whole = called(decoder_layer, weights, biases=True)(*tensors)
+    in_tiles(monkeypatch)
+    ours = called(decoder_layer, weights, biases=True)
+    assert torch.allclose(ours(*tensors), whole, rtol=1e-5, atol=1e-5)
+    budget_of(ours, called(decoder_layer_reference, weights, biases=True), tensors, wanted_of(tensors), upstream)
+    without = [tensors[0], *[None] * (2 * len(shapes))]
+    budget_of(called(decoder_layer, weights), called(decoder_layer_reference, weights), without, [0], upstream)
+
+
+def test_how_many_tiles():
+    """Llama-3-8B's MLP over 4,096 tokens in four; at most eight; dense weights and few tokens in one."""
+
+    def tiles(tokens, weight, outputs=14336, inputs=4096):
+        up, down = (Projection(weight(n, m)) for n, m in ((outputs, inputs), (inputs, outputs)))
+        parts = SimpleNamespace(inner=(up, up), down=down)
+        return tiles_of(parts, torch.empty(tokens, inputs, dtype=torch.bfloat16, device="meta"))
+
+    def nf4(outputs, inputs):
+        count = outputs * inputs
+        packed, absmax = (torch.empty(n, dtype=torch.uint8) for n in (count // 2, count // 64))
+        return Nf4Weight(packed, absmax.float(), torch.zeros(16), (outputs, inputs))
+
+    assert tiles(4096, nf4) == [slice(3584 * i, 3584 * i + 3584) for i in range(4)]
+    assert len(tiles(32768, nf4)) == 8 and len(tiles(512, nf4)) == 1
+    assert tiles(4096, lambda *shape: torch.empty(shape, device="meta")) == [slice(0, 14336)]
+
+
 def test_x_alone_and_adapters_alone():
     tensors, weights = case("nf4")
     for wanted in ([0], [1, 2]):
@@ -136,3 +179,12 @@ def test_with_kernels(kernel_device, keep):
     truth = called(decoder_layer_reference, weights, **options)
     upstream = values(2, 7, 64, seed=20).to(kernel_device)
     budget_of(ours, truth, tensors, wanted_of(tensors), [upstream])
+
+
+def test_tiles_with_kernels(kernel_device, monkeypatch):
+    tensors, _ = case("nf4", device=kernel_device)
+    weights = [quantized(s[:2], 64, True, kernel_device)[2] for s in SHAPES]
+    in_tiles(monkeypatch)
+    ours = called(decoder_layer, weights, impl="triton", biases=True)
+    truth = called(decoder_layer_reference, weights, biases=True)
+    budget_of(ours, truth, tensors, wanted_of(tensors), [values(2, 7, 64, seed=20).to(kernel_device)])

@@ -10,8 +10,17 @@ from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from slothrl import fit_activations
 from slothrl.errors import UserError
-from slothrl.fit_activations import CAPPED_TILE, MicroBatch, Route, activation_peak, head_bytes, layer_peak
+from slothrl.fit_activations import (
+    CAPPED_TILE,
+    MicroBatch,
+    Route,
+    activation_peak,
+    fused_mlp_bytes,
+    head_bytes,
+    layer_peak,
+)
 from slothrl.fit_constants import TABLE, card_bytes, constant
 from slothrl.fit_memory import (
     Settings,
@@ -173,11 +182,11 @@ def test_activations_are_what_transformers_allocates(name, rows, length, checkpo
 
 
 def test_the_head(llama):
-    """kernels/README.md, H100: 8,192 tokens, h=2048, V=151936, chunks of 1,024: 625 MiB beside the hidden states."""
+    """8,192 tokens, h=2048, V=151936: a chunk of 1,024 and the gradients. With two chunks an H100 took 625 MiB."""
     small = replace(llama, hidden=2048, vocabulary=151936)
     batch = MicroBatch(8192, 8192, 0)
     hidden = 8192 * 2048 * 2
-    assert (head_bytes(small, batch, 2, "grpo") - hidden) / 2**20 == pytest.approx(625, rel=0.01)
+    assert (head_bytes(small, batch, 2, "grpo") - hidden) / 2**20 == pytest.approx(297 + 32, rel=0.01)
     one_tile = MicroBatch(512, 512, 0)
     assert head_bytes(small, one_tile, 2, "grpo") == 512 * (2 * 151936 + 2 * 2 * 2048)
     assert head_bytes(small, batch, 2, "sft") == 4096 * 32768 * 2 + 6 * 2048 * 8192
@@ -221,8 +230,12 @@ def shapes() -> dict[str, Shape]:
 
 
 @pytest.mark.parametrize(("case", "peak", "driver"), MEASURED, ids=lambda value: str(getattr(value, "model", value)))
-def test_updates_on_an_h100(case, peak, driver, shapes):
-    """Peaks to 4 %, and the driver's to 7 %, for which constants were fitted to these very updates."""
+def test_updates_on_an_h100(case, peak, driver, shapes, monkeypatch):
+    """Peaks to 4 %, and the driver's to 7 %, for which constants were fitted to these very updates.
+
+    They were measured when two chunks of logits were there at once, which is as one of twice the size is.
+    """
+    monkeypatch.setattr(fit_activations, "LOGPROB_CHUNK", 2 * fit_activations.LOGPROB_CHUNK)
     found = update(shapes[case.model], case.settings(), card_bytes(80))
     assert (allocated(found.parts) + constant("workspace")) / 1e6 == pytest.approx(peak, rel=0.04)
     if driver:
@@ -245,10 +258,20 @@ def test_packs_are_the_planners(llama):
     assert largest_micro_batch(llama, replace(settings, cuda=False), card_bytes(80)).tokens <= 4096
 
 
+def test_an_mlp_in_tiles(llama):
+    """8B, 4,096 tokens: four tiles of 3,584 columns; few tokens, other layers and dense weights are not cut."""
+    batch, mib = MicroBatch(4096, 4096, 0), 2**20
+    assert fused_mlp_bytes(llama, batch, 2, True) / mib == pytest.approx(84 + 96 + 84)
+    whole = fused_mlp_bytes(replace(llama, norms=4), batch, 2, True) / mib
+    assert whole == pytest.approx(336 + 64 + 112) and fused_mlp_bytes(llama, batch, 2, False) / mib == 336 + 64
+    few = MicroBatch(1024, 1024, 0)
+    assert fused_mlp_bytes(llama, few, 2, True) == fused_mlp_bytes(replace(llama, norms=4), few, 2, True)
+
+
 def test_fused_layers_hold_less(llama):
     batch = MicroBatch(8192, 8192, 0)
     plain, fused = layer_peak(llama, batch, Route()), layer_peak(llama, batch, Route(fused=True))
-    assert 0.5 < fused / plain < 0.65
+    assert 0.3 < fused / plain < 0.4  # the MLP in tiles
     every = Route(checkpointing=False)
     kept = activation_peak(llama, batch, replace(every, fused=True)) / activation_peak(llama, batch, every)
     assert 0.5 < kept < 0.75
