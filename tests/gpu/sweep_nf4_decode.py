@@ -35,6 +35,8 @@ MODELS: dict[str, tuple[list[tuple[int, int]], int]] = {
     "0.5b": ([(1152, 896), (896, 896), (9728, 896), (896, 4864)], 24),
 }
 TINY: dict[str, tuple[list[tuple[int, int]], int]] = {"8b": ([(64, 128), (24, 256)], 2), "0.5b": ([(40, 192)], 2)}
+# Three and four programs a multiprocessor, which the candidates have few of.
+EXTRA = {64: [Nf4Config(64, 128, 2, 4, 2, registers=168), Nf4Config(64, 64, 4, 4, 2, registers=168)]}
 AHEADS = (0, AHEAD // 4, AHEAD * 2)
 
 
@@ -47,7 +49,7 @@ def host_microseconds(call: Callable[[int], Any], _: int) -> float:
 
 def first_tiles(rows: int, tiny: bool) -> list[Nf4Config]:
     """What is tried on the 8B shape."""
-    tiles = [Nf4Config(16, 16, 2, 4, 2)] if tiny else candidates(rows)
+    tiles = [Nf4Config(16, 16, 2, 4, 2)] if tiny else candidates(rows) + EXTRA.get(bucket(rows), [])
     return list(dict.fromkeys(replace(config, parts=parts) for config in tiles for parts in (4, 1)))
 
 
