@@ -36,8 +36,9 @@ DEFAULTS = {
     16: Nf4Config(16, 32, 4, 2, 3),
     32: Nf4Config(32, 32, 4, 2, 3),
     64: Nf4Config(64, 64, 2, 4, 3),
-    128: Nf4Config(128, 128, 2, 8, 2, registers=128),
-    256: Nf4Config(128, 128, 2, 8, 2, registers=128),
+    # Two parts: of four Triton 3.6 makes an empty kernel for data-center Blackwell.
+    128: Nf4Config(128, 128, 2, 8, 2, parts=2),
+    256: Nf4Config(128, 128, 2, 8, 2, parts=2),
 }
 
 
