@@ -68,7 +68,10 @@ def nf4_inputs_kernel(
                 left, tile = left.to(tl.float32), tile.to(tl.float32)
             total = tl.dot(left, tl.trans(tile), total)
     if HAS_A:
-        finish(total, xa, a, a, a, a, partials, arrived, row, token, M, N, splits, False, 0, 1, SPLIT, INTERPRETED)
+        finish(
+            total, xa, a, a, a, a, partials, arrived, row, token, M, N, splits,
+            False, 0, 1, SPLIT, 8192 // (BLOCK_M * BLOCK_N), INTERPRETED,
+        )  # fmt: skip
 
 
 def nf4_inputs(

@@ -85,12 +85,8 @@ def _lora(total, xa, lora_b, ends, row, token, M, RANK: tl.constexpr, SLICES: tl
 
 
 @jit
-def _gather(total, partials, address, inside, size, splits):
-    """The sum of all splits' partials, in order; of small tiles four loads at a time are under way.
-
-    Large tiles have no registers for that: they would spill, or leave room for one program only where there are two.
-    """
-    AHEAD: tl.constexpr = 4 if total.numel <= 2048 else 1  # pyright: ignore
+def _gather(total, partials, address, inside, size, splits, AHEAD: tl.constexpr):
+    """The sum of all splits' partials, in order, AHEAD loads under way at a time."""
     total = tl.zeros_like(total)
     partials += address
     for split in range(0, splits, AHEAD):
@@ -116,9 +112,13 @@ def _write(
 @jit
 def finish(
     total, y, bias, xa, lora_b, ends, partials, arrived, row, token, M, N, splits,
-    HAS_BIAS: tl.constexpr, RANK: tl.constexpr, SLICES: tl.constexpr, SPLIT: tl.constexpr, INTERPRETED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RANK: tl.constexpr, SLICES: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of Y from (rows, tokens) sums; of all the programs that share the tile the last one does."""
+    """Write a tile of Y from (rows, tokens) sums; of all the programs that share the tile the last one does.
+
+    AHEAD: how many of their partials it reads at a time; each time takes as long as memory takes to answer.
+    """
     address = token.to(tl.int64)[None, :] * N + row[:, None]
     inside = (token[None, :] < M) & (row[:, None] < N)
     near = tl.minimum(row, N - 1)
@@ -128,7 +128,7 @@ def finish(
         tl.debug_barrier()  # all threads' partials come before the one thread's arrival
         tile = arrived + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
         if tl.atomic_add(tile, 1, sem="acq_rel") == splits - 1:
-            total = _gather(total, partials, address, inside, size, splits)
+            total = _gather(total, partials, address, inside, size, splits, AHEAD)
             _write(
                 total, y, address, inside, bias, xa, lora_b, ends, near, token, M, HAS_BIAS, RANK, SLICES, INTERPRETED
             )
@@ -203,7 +203,8 @@ def nf4_gemm_kernel(
         a, b, c, d = decode_4(tl.load(units + step * UNITS), scale, code, DTYPE, PTX, INTERPRETED)
         step_tokens = tokens + step * (4 * UNITS)
         total = _multiply_step(a, b, c, d, step_tokens, there, total, PARTS, PTX, INTERPRETED)
+    # Large tiles have no registers for more: they would spill, or leave room for one program only where there are two.
     finish(
         total, y, bias, xa, lora_b, ends, partials, arrived, row, token, M, N, splits,
-        HAS_BIAS, RANK, SLICES, SPLIT, INTERPRETED,
+        HAS_BIAS, RANK, SLICES, SPLIT, 4 if BLOCK_M * BLOCK_N <= 2048 else 1, INTERPRETED,
     )  # fmt: skip

@@ -5,9 +5,10 @@
     TRITON_INTERPRET=1 python tests/gpu/sweep_nf4_decode.py --tiny     # a rehearsal on a CPU, some 10 s
 
 Each launch is compared with the reference before it is timed; wrong ones cannot win and are counted. W is out of cache,
-and calls run in CUDA graphs. Tiles are tried on the 8B shape, with 1 and 4 multiplications a step; around the best of
-them, other splits, parts and places in K, and more or less of W asked for ahead; the other models take the 8B shapes'
-best of each number of rows. One slice a LoRA, as when launches are tuned. Ends with lines for `nf4_launches.SHIPPED`.
+and calls run in CUDA graphs. Tiles are tried on the 8B shape, with 1 and 4 multiplications a step, some with 2; around
+the best of them, other splits and places in K, and more or less of W asked for ahead; the other models take the 8B
+shapes' best of each number of rows. One slice a LoRA, as when launches are tuned. Ends with lines for
+`nf4_launches.SHIPPED`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from slothrl_kernels.nf4_config import Nf4Config, bucket, candidates
+from slothrl_kernels.nf4_config import DEFAULTS, Nf4Config, bucket, candidates
 from slothrl_kernels.nf4_launches import choose_config
 from slothrl_kernels.nf4_matmul import AHEAD
 from slothrl_kernels.nf4_tuning import Trial, cold_weights, graph_microseconds
@@ -35,7 +36,9 @@ MODELS: dict[str, tuple[list[tuple[int, int]], int]] = {
     "0.5b": ([(1152, 896), (896, 896), (9728, 896), (896, 4864)], 24),
 }
 TINY: dict[str, tuple[list[tuple[int, int]], int]] = {"8b": ([(64, 128), (24, 256)], 2), "0.5b": ([(40, 192)], 2)}
-AHEADS = (0, AHEAD // 4, AHEAD * 2)
+# Three and four programs a multiprocessor, which the candidates have few of.
+EXTRA = {64: [Nf4Config(64, 128, 2, 4, 2, registers=168), Nf4Config(64, 64, 4, 4, 2, registers=168)]}
+AHEADS = (AHEAD // 4, AHEAD * 2)
 
 
 def host_microseconds(call: Callable[[int], Any], _: int) -> float:
@@ -47,28 +50,33 @@ def host_microseconds(call: Callable[[int], Any], _: int) -> float:
 
 def first_tiles(rows: int, tiny: bool) -> list[Nf4Config]:
     """What is tried on the 8B shape."""
-    tiles = [Nf4Config(16, 16, 2, 4, 2)] if tiny else candidates(rows)
-    return list(dict.fromkeys(replace(config, parts=parts) for config in tiles for parts in (4, 1)))
+    tiles = [Nf4Config(16, 16, 2, 4, 2)] if tiny else candidates(rows) + EXTRA.get(bucket(rows), [])
+    found = []
+    for config in tiles:
+        large = config.block_m >= 64 and config.registers == 128
+        found += [replace(config, parts=parts) for parts in ((4, 2, 1) if large else (4, 1))]
+    return list(dict.fromkeys(found))
 
 
-def compile_one(fields: list[int]) -> str:
-    """Puts one launch into Triton's cache, by a small problem; in a process of its own."""
+def compile_one(job: tuple[list[int], int, int]) -> str:
+    """Puts one launch into Triton's cache, by a small problem of K inputs; in a process of its own."""
+    fields, inputs, ahead = job
     config = Nf4Config(*fields)
     try:
-        Trial.of(config.block_m, cold_weights(512, 4096, copies=1)).call(config, 0)
+        Trial.of(config.block_m, cold_weights(512, inputs, copies=1)).call(config, 0, ahead)
         torch.cuda.synchronize()
     except Exception as error:
         return f"{fields}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
     return ""
 
 
-def compile_all(tiles: list[Nf4Config], limit: float) -> None:
+def compile_all(pool: Any, tiles: list[Nf4Config], inputs: int, limit: float, ahead: int = AHEAD) -> None:
     """Both with K shared and not, which are two kernels; what is not ready in time is compiled when it is timed."""
-    jobs = [replace(config, splits=splits).fields() for config in tiles for splits in (2, 1)]
-    with multiprocessing.get_context("spawn").Pool(min(14, multiprocessing.cpu_count())) as pool:
-        waiting = pool.map_async(compile_one, jobs, chunksize=1)
-        waiting.wait(limit)
-        errors = [error for error in waiting.get() if error] if waiting.ready() else ["not all in time"]
+    tiles = [config for config in dict.fromkeys(tiles) if (inputs // 64) % config.chunks == 0]
+    jobs = [(replace(config, splits=splits).fields(), inputs, ahead) for config in tiles for splits in (2, 1)]
+    waiting = pool.map_async(compile_one, jobs, chunksize=1)
+    waiting.wait(max(0.0, limit))
+    errors = [error for error in waiting.get() if error] if waiting.ready() else ["not all in time"]
     print(f"{len(jobs)} launches compiled, {len(errors)} refused, {time.time() - START:.0f} s", flush=True)
     print("\n".join(errors[:8]), flush=True)
 
@@ -82,14 +90,19 @@ class Sweep:
         self.timer = host_microseconds if self.tiny else partial(graph_microseconds, replays=3)
         self.totals: dict[tuple[str, int], list[float]] = {}
         self.good: dict[int, list[Nf4Config]] = {}  # the 8B shapes' best, by rows
+        self.best: list[tuple[int, int, int, Nf4Config, int]] = []  # the 8B shapes': rows, N, K, launch, layers
         self.shipped: list[str] = []
         self.wrong = 0
+
+    def left(self) -> float:
+        """Seconds until nothing more is tried."""
+        return self.limit - (time.time() - START)
 
     def times(self, trial: Trial, configs: list[Nf4Config], ahead: int = AHEAD) -> list[tuple[float, Nf4Config]]:
         """(us, launch) of those that are right, the fastest first."""
         found = []
         for config in dict.fromkeys(trial.complete(config) for config in configs):
-            if time.time() - START < self.limit:
+            if self.left() > 0:
                 found.append((trial.microseconds(config, ahead, self.timer), config))
                 self.wrong += math.isinf(found[-1][0])
         return sorted([pair for pair in found if math.isfinite(pair[0])], key=lambda pair: pair[0])
@@ -108,7 +121,7 @@ class Sweep:
             self.add(model, trial, found, layers)
         if model == "8b":
             for size, tiles in own.items():
-                self.good[size] = list(dict.fromkeys(self.good.get(size, []) + tiles[:2]))
+                self.good[size] = list(dict.fromkeys(self.good.get(size, []) + tiles[:1]))
 
     def search(self, trial: Trial, tiles: list[Nf4Config]) -> list[tuple[float, Nf4Config]]:
         """The launch that is chosen now, some tiles, and what is around the best of them."""
@@ -118,7 +131,7 @@ class Sweep:
             return found
         base = found[0][1]
         around = [replace(base, splits=n) for n in (1, base.splits // 2, base.splits * 2, base.splits * 3) if n]
-        around += [replace(base, parts=2), *(replace(config, apart=1) for _, config in found[:2])]
+        around += [replace(config, apart=1) for _, config in found[:2]]
         new = [config for config in around if config not in {known for _, known in found}]
         return sorted(found + self.times(trial, new), key=lambda pair: pair[0])
 
@@ -129,20 +142,29 @@ class Sweep:
         current = next((value for value, config in found if config == now), math.nan)
         best, config = found[0] if found else (math.nan, now)
         ahead = {size: self.times(trial, [config], size) for size in AHEADS}
-        late = ahead[0][0][0] if ahead[0] else math.nan
         total = self.totals.setdefault((model, rows), [0.0, 0.0, 0.0])
-        for i, value in enumerate((current, best, late)):
+        for i, value in enumerate((current, best)):
             total[i] += value * layers / 1e3
+        if model == "8b":
+            self.best.append((rows, outputs, inputs, config, layers))
         asked = ", ".join(f"{size >> 20} MiB {pairs[0][0]:.1f}" for size, pairs in ahead.items() if pairs)
         top = ", ".join(f"{value:.1f} {c.fields()}" for value, c in found[:4])
         print(f"{model} {outputs} x {inputs} M={rows}: now {current:.1f}; {top}; ahead {asked}", flush=True)
         if best < 0.98 * current and rows > 1:
             self.shipped.append(f"        ({bucket(rows)}, {outputs}, {inputs}): Nf4Config{tuple(config.fields())},")
 
+    def late(self) -> None:
+        """The 8B shapes' best again, without starting early, which is another kernel."""
+        for rows, outputs, inputs, config, layers in self.best:
+            weights = cold_weights(outputs, inputs, self.device, copies=2 if self.tiny else 0)
+            found = self.times(Trial.of(rows, weights), [config], 0)
+            self.totals["8b", rows][2] += found[0][0] * layers / 1e3 if found else math.nan
+
     def report(self) -> None:
         print("\n| model | rows | chosen now, ms a step | best | best, not started early |\n|---|---|---|---|---|")
         for (model, rows), (current, best, late) in self.totals.items():
-            print(f"| {model} | {rows} | {current:.2f} | {best:.2f} | {late:.2f} |")
+            last = f"{late:.2f}" if late else "-"
+            print(f"| {model} | {rows} | {current:.2f} | {best:.2f} | {last} |")
         print("\nSHIPPED:\n" + "\n".join(self.shipped))
         print(f"\n{self.wrong} launches refused or wrong; {time.time() - START:.0f} s")
 
@@ -155,15 +177,24 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small shapes, in Triton's interpreter")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    models = TINY if arguments.tiny else {name: MODELS[name] for name in arguments.models.split(",")}
     rows = [3, 17, 1] if arguments.tiny else [int(n) for n in arguments.rows.split(",")]
-    if not arguments.tiny:
-        tiles = list(dict.fromkeys(config for n in rows for config in first_tiles(n, False)))
-        compile_all(tiles, arguments.limit * 0.55)
     sweep = Sweep(arguments)
-    for model, (shapes, layers) in (TINY if arguments.tiny else MODELS).items():
-        for outputs, inputs in shapes if model in arguments.models.split(",") else ():
-            with torch.no_grad():
-                sweep.shape(model, outputs, inputs, rows, layers)
+    workers = 1 if arguments.tiny else min(14, multiprocessing.cpu_count())
+    with multiprocessing.get_context("spawn").Pool(workers) as pool, torch.no_grad():
+        if not arguments.tiny:
+            compile_all(pool, [c for n in rows for c in first_tiles(n, False)], 4096, arguments.limit * 0.5)
+        for name, (shapes, layers) in models.items():
+            if name == "3b" and sweep.good:  # K / 64 is no multiple of 16 here: other kernels
+                good = [config for tiles in sweep.good.values() for config in tiles]
+                good += [DEFAULTS[bucket(n)] for n in rows]
+                compile_all(pool, good + [replace(config, chunks=2) for config in good], 11008, min(12, sweep.left()))
+            for outputs, inputs in shapes:
+                sweep.shape(name, outputs, inputs, rows, layers)
+            if name == "8b":
+                if not arguments.tiny:
+                    compile_all(pool, [config for *_, config, _ in sweep.best], 4096, min(12, sweep.left()), ahead=0)
+                sweep.late()
     sweep.report()
 
 

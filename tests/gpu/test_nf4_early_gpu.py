@@ -82,6 +82,6 @@ def test_parts_and_places(shape, parts, apart):
     for splits in (1, 5):
         config = Nf4Config(*shape, splits=splits, registers=128, parts=parts, apart=apart)
         found = launch(x, weight, bias, complete(config, rows, 333, 4096, 132), lora).float()
-        assert (found - exact).norm() <= 5e-3 * exact.norm()
+        assert (found - exact).norm() <= 1e-2 * exact.norm()
         again = launch(x, weight, bias, complete(config, rows, 333, 4096, 132), lora).float()
         assert torch.equal(found, again)
