@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -236,3 +237,19 @@ def _layer_bytes(text: Any, width: int, quantized: bool, rank: int) -> int:
     if width < 4 and not quantized:
         values += 3 * hidden + query
     return 8 * hidden + 8 + width * values + 4 * heads
+
+
+@contextmanager
+def memory_given_back() -> Iterator[None]:
+    """A notebook or a sweep goes on after a run, whose trainer and model name each other and wait for the collector."""
+
+    def free() -> None:
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    free()  # after a fault its traceback held everything until now
+    try:
+        yield
+    finally:
+        free()

@@ -49,7 +49,14 @@ FIXED: list[tuple[str, str, dict[str, str]]] = [
         },
     ),
     ("Truncated completions", "share", {"completions/clipped_ratio": "truncated"}),
-    ("Zero-signal groups", "share", {"frac_reward_zero_std": "groups with equal rewards"}),
+    (
+        "Zero-signal groups",
+        "share",
+        {
+            "frac_reward_zero_std": "groups with equal rewards",
+            "dynamic_sampling/share_without_signal": "after drawing again",
+        },
+    ),
     (
         "Importance ratio, trainer to sampler",
         "ratio",

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from slothrl.activations import keep_activations
@@ -22,6 +20,7 @@ from slothrl.fingerprint import fingerprint, settings
 from slothrl.fuse import fuse_as_asked
 from slothrl.graphs import graph_layers, graphs_of
 from slothrl.interrupts import Interrupts
+from slothrl.memory import memory_given_back
 from slothrl.models import parameter_bytes
 from slothrl.plan import Batch, Plan, Rows, size
 from slothrl.prepare import Prepared, prepare
@@ -71,7 +70,7 @@ def run(config: Config, output_dir: Path, overrides: Sequence[str] = (), console
         UserError: something the user can mend; nothing has been trained, unless it is a `FaultError`.
         Stopped: a signal came while there was no step to finish, or a second one.
     """
-    with _memory_given_back(), only_writer(output_dir), Interrupts() as interrupts:
+    with memory_given_back(), only_writer(output_dir), Interrupts() as interrupts:
         return _run(config, output_dir, overrides, console or Console(), interrupts)
 
 
@@ -149,22 +148,6 @@ def _work(job: Job, console: Console, interrupts: Interrupts) -> Summary:
         raise
     finally:
         base = trainer = engine = None  # whoever keeps this frame (see `_run`) does not keep them
-
-
-@contextlib.contextmanager
-def _memory_given_back() -> Iterator[None]:
-    """A notebook or a sweep goes on after a run, whose trainer and model name each other and wait for the collector."""
-
-    def free() -> None:
-        gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-
-    free()  # after a fault its traceback held everything until now
-    try:
-        yield
-    finally:
-        free()
 
 
 def _start(prepared: Prepared, arguments, base: Base, output_dir: Path, console: Console):

@@ -14,6 +14,7 @@ from trl import GRPOTrainer as TRLGRPOTrainer
 from slothrl.algorithm import Algorithm
 from slothrl.config import DiagnosisConfig, DynamicSamplingConfig, PackingConfig
 from slothrl.engine import Engine, Sampling
+from slothrl.faults import EngineFault
 from slothrl.memory_phases import PhaseMemory
 from slothrl.phases import CACHE, PUSH
 from slothrl.probe import PolicyProbe
@@ -157,6 +158,12 @@ class GRPOTrainer(Guards, ExactCheckpoints, FewLaunches, Watched, Signal, Packed
             extra=extra,
         )
         rollout = self.engine.generate(prompt_ids, sampling)
+        if empty := [len(ids) for ids, tokens in zip(prompt_ids, rollout.completion_ids, strict=True) if not tokens]:
+            # TRL reads the last token of each.
+            said = (
+                f"the engine gave no token for {len(empty)} of {len(prompt_ids)} prompts, of up to {max(empty)} tokens"
+            )
+            raise EngineFault(f"{said}: is there room for a completion in rollout.max_model_len?")
         self._metrics["train" if self.model.training else "eval"]["rollout/occupancy"].append(rollout.occupancy)
         return rollout.completion_ids, rollout.sampling_logprobs
 
