@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from slothrl.activations import attention_bytes
+from slothrl.graphs import pool_bytes
 
 CPU_TOKENS = 4096  # a forward's fixed costs are gone there, and a small machine still has the memory
 # A pass over an 8B base's weights is 1.5% of a micro-batch of this size already, and its activations take 14 GB: a
@@ -58,7 +59,7 @@ def token_budget(model: nn.Module, checkpointing: bool) -> int:
     if device.type != "cuda":
         return CPU_TOKENS
     free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - pool_bytes(model)
     config: Any = model.config
     free, config = free - bytes_to_come(model), config.get_text_config()
     tokens = tokens_that_fit(free, config, checkpointing)

@@ -26,12 +26,12 @@ GRAIN = 16  # the fewest rows two buckets are apart, and into how many an octave
 class Recorded(NamedTuple):
     """One layer's steps at one number of rows, recorded.
 
-    addresses: of all that the steps read beside the frame; keep: of the parts they were recorded for.
+    parts: what they were recorded for, held because a recording reads it; addresses: where it was then.
     """
 
     frame: Frame
     rows: int
-    keep: str
+    parts: LayerParts
     addresses: tuple
     before: Replay
     after: Replay
@@ -64,7 +64,7 @@ def record_layer(parts: LayerParts, frame: Frame, rows: int, recorder: Recorder)
     with torch.no_grad(), torch.autocast(frame.found.device.type, enabled=False):
         made = [recorder.record(step) for step in (steps.before, steps.after, steps.middle, steps.last)]
     frame.clear()
-    return Recorded(frame, rows, parts.keep, addresses(parts), *made)
+    return Recorded(frame, rows, steps.parts, addresses(parts), *made)
 
 
 def graphed_layer(x: Tensor, parts: LayerParts, recorded: Recorded, save: bool = True) -> Tensor:
@@ -72,7 +72,7 @@ def graphed_layer(x: Tensor, parts: LayerParts, recorded: Recorded, save: bool =
 
     Args:
         x: (B, S, h), at most recorded.rows tokens. parts, save: as `decoder_layer` takes them.
-        recorded: of the same `addresses` and `keep`.
+        recorded: of parts with the same `addresses` and `keep`.
 
     Returns:
         (B, S, h) of x's dtype.
@@ -80,8 +80,9 @@ def graphed_layer(x: Tensor, parts: LayerParts, recorded: Recorded, save: bool =
     Raises:
         ValueError: another layer's recording, or more tokens than it has rows.
     """
-    if x.size(0) * x.size(1) > recorded.rows or parts.keep != recorded.keep:
-        raise ValueError(f"{tuple(x.shape)} and {parts.keep!r} for a recording of {recorded.rows}, {recorded.keep!r}")
+    if x.size(0) * x.size(1) > recorded.rows or parts.keep != recorded.parts.keep:
+        kept = f"{parts.keep!r} for one of {recorded.parts.keep!r}"
+        raise ValueError(f"{tuple(x.shape)} for a recording of {recorded.rows} tokens, {kept}")
     with torch.autocast(x.device.type, enabled=False):
         return _GraphedLayer.apply(x, parts, recorded, save, *parts.adapters())  # pyright: ignore
 

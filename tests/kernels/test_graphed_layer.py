@@ -74,7 +74,7 @@ def test_fewer_tokens_after_more():
         for ours, eager in zip(*(results(f, weights, now, biases=True) for f in (played, decoder_layer)), strict=True):
             torch.testing.assert_close(ours, eager, rtol=2e-6, atol=2e-6)
     assert played.times == 1
-    with pytest.raises(ValueError, match="recording of 48"):
+    with pytest.raises(ValueError, match="recording of 48 tokens"):
         results(played, weights, [values(7, 7, 64).requires_grad_(), *tensors[1:]], biases=True)
 
 
