@@ -55,7 +55,10 @@ class LayerGraphs:
 
     def run(self, layer: Any, eager: Callable[..., Tensor], x: Tensor, parts: LayerParts, save: bool) -> Tensor:
         """`decoder_layer(x, parts, save)`: by a recording of `layer`, or by `eager`."""
-        kind = (bucket(x.size(0) * x.size(1)), parts.keep, x.dtype)
+        rows, whole = bucket(x.size(0) * x.size(1)), parts.keep == "all"  # keeping attention changes no step
+        kind = (rows, whole, x.dtype)
+        if not torch.is_grad_enabled() and kind not in self.recorded:
+            kind = (rows, not whole, x.dtype)  # forward they are the same
         recorded = self._recording(layer, kind, x, parts)
         if recorded is not None:
             return graphed_layer(x, parts, recorded, save)

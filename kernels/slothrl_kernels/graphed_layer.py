@@ -38,6 +38,11 @@ class Recorded(NamedTuple):
     middle: Replay
     last: Replay
 
+    @property
+    def whole(self) -> bool:
+        """Whether its backward takes u, gate and up as the forward kept them; else it computes them again."""
+        return self.parts.keep == "all"
+
 
 def bucket(tokens: int) -> int:
     """The number of rows that `tokens` are rounded up to: the next multiple of at most a 16th of them, and of 16."""
@@ -72,7 +77,7 @@ def graphed_layer(x: Tensor, parts: LayerParts, recorded: Recorded, save: bool =
 
     Args:
         x: (B, S, h), at most recorded.rows tokens. parts, save: as `decoder_layer` takes them.
-        recorded: of parts with the same `addresses` and `keep`.
+        recorded: of parts with the same `addresses`, which keep all where these do.
 
     Returns:
         (B, S, h) of x's dtype.
@@ -80,7 +85,7 @@ def graphed_layer(x: Tensor, parts: LayerParts, recorded: Recorded, save: bool =
     Raises:
         ValueError: another layer's recording, or more tokens than it has rows.
     """
-    if x.size(0) * x.size(1) > recorded.rows or parts.keep != recorded.parts.keep:
+    if x.size(0) * x.size(1) > recorded.rows or (parts.keep == "all" and not recorded.whole):
         kept = f"{parts.keep!r} for one of {recorded.parts.keep!r}"
         raise ValueError(f"{tuple(x.shape)} for a recording of {recorded.rows} tokens, {kept}")
     with torch.autocast(x.device.type, enabled=False):
@@ -121,7 +126,7 @@ class _GraphedLayer(torch.autograd.Function):
         to_rows = to_y[0].reshape(-1, x.size(-1))
         moved = ctx.recorded.addresses != addresses(parts)  # since the forward: what was kept serves all the same
         with torch.autocast(x.device.type, enabled=False):
-            if moved or (parts.keep == "all" and kept.u is None):  # a second backward
+            if moved or (ctx.recorded.whole and kept.u is None):  # a second backward
                 to_x, found = _backward(x, to_rows, parts, kept)
             else:
                 to_x, found = _replayed(x, to_rows, parts, ctx.recorded, kept)

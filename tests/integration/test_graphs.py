@@ -96,6 +96,10 @@ def test_padded_rows_accumulated_and_without_checkpoints(folders):  # noqa: F811
     for _ in range(3):
         assert_same(accumulated(), plain)
     assert took(recorder) == 4 * 2 * 4  # four forwards of what keeps all, two layers, two steps forward, two backward
+    with torch.no_grad():
+        logits = model(input_ids=IDS[1:], attention_mask=mask[1:], use_cache=False).logits
+    torch.testing.assert_close(logits, plain[0], rtol=1e-5, atol=1e-5)
+    assert took(recorder) == 4
     unfuse(model)
     assert graphs_of(model) is None
     assert_same(accumulated(), plain)

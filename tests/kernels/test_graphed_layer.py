@@ -116,6 +116,19 @@ def test_several_forwards_before_the_backwards():
         torch.testing.assert_close(torch.autograd.grad(again.sum(), one[1])[0], first, rtol=2e-6, atol=2e-6)
 
 
+def test_one_recording_whether_attention_is_kept_or_not():
+    """Layers of one model may differ in that, and one layer from call to call; only what keeps all is another."""
+    tensors, weights = case("dense")
+    tensors, played = leaves_of(tensors), Played(16)
+    for keep in ("input", "attention", "input"):
+        ours, eager = (results(f, weights, tensors, keep=keep, heads_normed=True) for f in (played, decoder_layer))
+        for a, b in zip(ours, eager, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+    assert played.times == 1
+    with pytest.raises(ValueError, match="'all' for one of 'input'"):
+        results(played, weights, tensors, keep="all", heads_normed=True)
+
+
 def test_adapters_are_read_where_they_are():
     tensors, weights = case("nf4")
     tensors, played = leaves_of(tensors), Played(16)
