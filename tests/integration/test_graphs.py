@@ -58,8 +58,9 @@ def took(recorder):
     return replays
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("policy", ["layer", "both"])
+@pytest.mark.parametrize(
+    ("family", "policy"), [("llama", "layer"), ("qwen2", "layer"), ("qwen3", "layer"), ("qwen3", "both")]
+)
 def test_the_same_training(family, policy, folders):  # noqa: F811
     """From the third step on by recordings, also after an optimizer's; 26 tokens in 32 rows."""
     base = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.float32) if family == "qwen3" else None
