@@ -1,11 +1,13 @@
 """What a checkpointed layer keeps for its backward, and where: lossless, chosen anew at every forward.
 
     layer        its input (B, S, h): transformers' own checkpointing
-    attention    the attention's output and log-sum-exp too, so that the one part of a layer whose cost grows with S is
-                 not run again, in as many layers as fit into half of the memory that is free
+    attention    the attention's output and log-sum-exp too (q, k and v where a layer is one step), so that the one part
+                 of a layer whose cost grows with S is not run again, in as many layers as fit into half of the free
+                 memory
     offload      as layer, with the input in the host's pinned memory, fetched again while the layer above is worked on
     both         attention and offload
-    auto         on a GPU attention, where its share of a layer's FLOPs makes up for what saving takes; else layer
+    auto         on a GPU attention, where its share of a layer's FLOPs makes up for what saving takes, or where a layer
+                 is one step and memory is plenty (`slothrl.kept_attention` says how much that is); else layer
 
 transformers asks each layer's `_gradient_checkpointing_func`, and trainers set it anew when they start: a hook in front
 of the decoder puts ours there again, on this instance, and `release` takes both away.
@@ -23,12 +25,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from slothrl.fuse_layer import Direct, fused_layer, is_plain_checkpoint
+from slothrl.kept_attention import WORTH, AttentionSizes, layers_that_keep, reserved_bytes
 from slothrl.offload import HostMemory
 from slothrl.plan import Rows
+from slothrl.token_bytes import bytes_to_come, left_beside, left_of_light
 
 POLICIES = ("auto", "layer", "attention", "offload", "both")
-WORTH = 0.3  # of a layer's forward FLOPs: 24K tokens of Llama-3-8B; below, keeping it saves a few per cent of a step
-SHARE = 0.5  # of the free memory, for attention outputs
 _KEPT = "_slothrl_activations"
 
 
@@ -49,7 +51,7 @@ def keep_activations(model: Any, policy: str) -> Rows:
         return [("activations", "layer inputs" if owner else "this model has no layers that transformers checkpoints")]
     vars(model)[_KEPT] = Activations(owner, layers, policy)
     words = {
-        "auto": f"layer inputs, and attention outputs where they are {WORTH:.0%} of the work and fit",
+        "auto": f"layer inputs; attention too where it is {WORTH:.0%} of the work, or a layer is one step and it fits",
         "attention": "layer inputs and attention outputs, as far as they fit",
         "offload": "layer inputs, in the host's memory",
         "both": "layer inputs in the host's memory; attention outputs on the device, as far as they fit",
@@ -64,10 +66,16 @@ def release(model: nn.Module) -> None:
         kept.remove()
 
 
-def attention_bytes(model: nn.Module, tokens: int) -> int:
-    """What the layers would keep of their attention for each of `tokens` tokens in one row, beside their inputs."""
-    kept = vars(model).get(_KEPT)
-    return 0 if kept is None or kept.policy == "offload" else kept.bytes_per_token(tokens)
+def reserved_for_attention(model: nn.Module, tokens: int, free: int) -> int:
+    """Bytes that a micro-batch's budget leaves for attention, for each of `tokens` tokens in one row, of `free`."""
+    kept: Activations | None = vars(model).get(_KEPT)
+    return 0 if kept is None else reserved_bytes(kept.policy, kept.sizes, tokens, free)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of a GPU that nobody has, or that torch's allocator holds for nobody."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 class Activations:
@@ -75,6 +83,7 @@ class Activations:
 
     def __init__(self, owner: nn.Module, layers: list[Any], policy: str) -> None:
         self.layers, self.policy = layers, policy
+        self.trained = [p for p in owner.parameters() if p.requires_grad]
         self.host = HostMemory(len(layers)) if policy in ("offload", "both") else None
         self.attending = 0  # layers that keep their attention's output, in this forward
         self.handle = owner.register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -101,39 +110,27 @@ class Activations:
             self.attending = self._how_many(given.size(0) * given.size(1), reach, given.device)
 
     def _how_many(self, tokens: int, reach: int, device: torch.device) -> int:
-        """Layers whose attention is kept: all or none of them by what it is worth, and as many as fit.
+        """Layers whose attention is kept; on a CPU all or none, as asked for.
 
         Args:
             tokens: of the forward. reach: the most keys that one of them sees.
         """
-        count = len(self.layers)
-        if self.policy == "auto" and device.type != "cuda":
-            return 0
-        if self.policy == "auto" and _attention_share(self.layers[0], reach, self._width) < WORTH:
-            return 0
         if device.type != "cuda":
-            return count
-        free = torch.cuda.mem_get_info(device)[0]
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return min(count, int(SHARE * free / (tokens * self._layer_bytes())))
-
-    def bytes_per_token(self, tokens: int) -> int:
-        """What as many layers as would keep it keep of their attention for each of `tokens` tokens in one row."""
-        device = next(self.layers[0].parameters()).device
-        return self._how_many(tokens, tokens, device) * self._layer_bytes()
+            return len(self.layers) if self.policy in ("attention", "both") else 0
+        free = free_bytes(device) - bytes_to_come(self.trained)
+        config = self.layers[0].self_attn.config
+        left, light = left_beside(free, config, tokens), left_of_light(config, tokens)
+        return layers_that_keep(self.policy, self.sizes, tokens, reach, free, left, light)
 
     @property
-    def _width(self) -> int:
-        config = self.layers[0].self_attn.config
-        return config.num_attention_heads * (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-
-    def _layer_bytes(self) -> int:
-        """A token's attention output in 16 bits and log-sum-exp; what it was given too, where the layer is one step."""
-        fused = fused_layer(self.layers[0])
-        numbers = self._width if fused is None else self._width + fused.attention.numbers
-        return 2 * numbers + 4 * self.layers[0].self_attn.config.num_attention_heads
+    def sizes(self) -> AttentionSizes:
+        """As the layers are now: they may have been fused since."""
+        layer, config = self.layers[0], self.layers[0].self_attn.config
+        heads, fused = config.num_attention_heads, fused_layer(layer)
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        weights = sum(m.in_features * m.out_features for m in layer.modules() if isinstance(m, nn.Linear))
+        numbers = width if fused is None else width + fused.attention.numbers
+        return AttentionSizes(len(self.layers), width, heads, weights, numbers, fused is not None)
 
 
 class _Checkpoint:
@@ -159,16 +156,6 @@ def keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> C
     name = str(operation)
     attends = ("attention" in name or "flash_attn" in name) and "backward" not in name
     return CheckpointPolicy.MUST_SAVE if attends else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _attention_share(layer: nn.Module, length: int, width: int) -> float:
-    """Of a layer's forward FLOPs a token at this length: causal attention 2 S width, projections 2 a weight."""
-    weights = 0
-    for module in layer.modules():
-        if isinstance(module, nn.Linear):
-            weights += module.in_features * module.out_features
-    attention = 2 * length * width
-    return attention / (attention + 2 * weights)
 
 
 def _layers(base: nn.Module) -> tuple[nn.Module | None, list[Any]]:

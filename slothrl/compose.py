@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
+import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,7 +113,32 @@ def _compose(overrides: list[str], anywhere: bool = False) -> tuple[DictConfig |
             wrong = {override: line for override in overrides if (line := _override_problem(override))}
             found = list(wrong.values()) or [_one_line(error)]
             config = _compose_rest([override for override in overrides if override not in wrong])
+        found += [
+            f"{o}: no key may be called _target_: nothing is built from a config" for o in overrides if _builds(o)
+        ]
+        found += [f"{key}: there is no such key{_nearest(key, known_keys())}" for key in _added(config)]
     return config, found + (problems(config, anywhere) if config is not None else [])
+
+
+def _builds(override: str) -> bool:
+    """Whether Hydra would call what is named: it does so for its own callbacks, launchers and sweepers."""
+    return override.partition("=")[0].lstrip("+~").startswith("hydra.") and "_target_" in override
+
+
+def _added(config: DictConfig | None) -> Iterator[str]:
+    """Keys that the schema has not: "+" on the command line and files of the user's can add any."""
+
+    def walk(node: DictConfig, schema: type, prefix: str) -> Iterator[str]:
+        kinds = typing.get_type_hints(schema)
+        for key in node:
+            child, kind = node._get_node(key), kinds.get(str(key))
+            if kind is None:
+                yield f"{prefix}{key}"
+            elif dataclasses.is_dataclass(kind) and isinstance(child, DictConfig):
+                yield from walk(child, typing.cast(type, kind), f"{prefix}{key}.")
+
+    if config is not None:
+        yield from walk(config, Config, "")
 
 
 def _compose_rest(overrides: list[str]) -> DictConfig | None:

@@ -110,7 +110,8 @@ def reward_flat(record: RunRecord) -> list[Finding]:
 
 
 def zero_signal(record: RunRecord) -> list[Finding]:
-    shares = values(record.series("frac_reward_zero_std"))
+    drawn_again = record.series("dynamic_sampling/share_without_signal")  # after the last draw; the other: the first
+    shares = values(drawn_again or record.series("frac_reward_zero_std"))
     if not shares or (share := statistics.fmean(shares)) <= ZERO_SIGNAL:
         return []
     last = quarters(values(record.series("reward")))[1]

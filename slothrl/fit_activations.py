@@ -47,6 +47,7 @@ class Route:
         checkpointing: layers are computed again in the backward.
         fused: through the layers of `slothrl.fuse`.
         offload: checkpointed layers' inputs wait in the host's memory.
+        attending: checkpointed layers that keep their attention too (`slothrl.kept_attention`), the first ones.
     """
 
     trainer: str = "grpo"
@@ -55,6 +56,7 @@ class Route:
     checkpointing: bool = True
     fused: bool = False
     offload: bool = False
+    attending: int = 0
 
 
 def layer_bytes(shape: Shape, batch: MicroBatch, width: int, quantized: bool) -> int:
@@ -183,11 +185,37 @@ def layer_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
     return layer + backward_bytes(shape, batch, route.width, route.quantized)
 
 
+def whole_layers(shape: Shape, fused: bool) -> bool:
+    """Whether fusing makes each layer one step of autograd: one with two norms (`slothrl.fuse_layer_find`)."""
+    return fused and shape.norms == 2
+
+
+def attention_numbers(shape: Shape, fused: bool) -> int:
+    """Values that a checkpointed layer keeps of its attention a token: its output, q; where it is one step of autograd
+    q, k and v too, q + 2v, and as much again where queries and keys are normed."""
+    if not whole_layers(shape, fused):
+        return shape.query
+    given = shape.query + 2 * shape.key_value
+    return shape.query + (2 * given if shape.head_norms else given)
+
+
+def kept_attention_bytes(shape: Shape, batch: MicroBatch, route: Route) -> int:
+    """`attention_numbers` in e bytes and the log-sum-exp in float32, 4 heads, a token of each layer that keeps them.
+
+    While the last layer is computed again, what it kept itself is not made once more: of all layers one less is counted
+    then, which `layer_peak` has.
+    """
+    layers = route.attending - (route.attending == shape.layers)
+    per_token = route.width * attention_numbers(shape, route.fused) + 4 * shape.heads
+    return batch.tokens * layers * per_token
+
+
 def activation_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
     """The most that forward and backward of one micro-batch hold beside weights, gradients and optimizer state.
 
-    With checkpointing every layer keeps its input, L e h a token (with `offload` two layers at a time do), and one
-    layer at a time is computed again. The peak is in that layer's backward, or at the head:
+    With checkpointing every layer keeps its input, L e h a token (with `offload` two layers at a time do), some their
+    attention (`kept_attention_bytes`), and one layer at a time is computed again. The peak is in that layer's backward,
+    or at the head:
 
         forward    L e h T + 4 h T + e h T + head + e x LoRA (autocast's copies)
         backward   L e h T + the layer's peak
@@ -205,6 +233,7 @@ def activation_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
     copies = width * shape.adapter if width < 4 else 0
     if route.checkpointing:
         kept = (min(shape.layers, 2) if route.offload else shape.layers) * states
+        kept += kept_attention_bytes(shape, batch, route)
         peaks = [kept + 4 * batch.tokens * shape.hidden + states + head + copies]
         return max(*peaks, kept + layer_peak(shape, batch, route)) + batch.mask_cells
     layer, last = _whole_layer(shape, batch, route)

@@ -6,10 +6,12 @@ from functools import lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from slothrl.fit_activations import MicroBatch
+from slothrl.fit_activations import MicroBatch, attention_numbers, whole_layers
 from slothrl.fit_shape import Shape
+from slothrl.kept_attention import KEEPING, AttentionSizes, layers_that_keep, reserved_bytes
 from slothrl.packing import Row, plan_micro_batches
-from slothrl.token_budget import CPU_TOKENS, tokens_that_fit
+from slothrl.token_budget import CPU_TOKENS
+from slothrl.token_bytes import left_beside, left_of_light, tokens_that_fit
 
 if TYPE_CHECKING:
     from slothrl.fit_memory import Settings
@@ -53,7 +55,37 @@ def budget(shape: Shape, settings: Settings, free: int) -> int:
         return settings.tokens
     if not settings.cuda:
         return CPU_TOKENS
-    config = SimpleNamespace(
+    config = text_config(shape)
+    tokens = tokens_that_fit(free, config, settings.checkpointing)
+    kept = reserved_bytes(settings.activations, sizes(shape, settings), tokens, free) if settings.checkpointing else 0
+    return tokens_that_fit(free, config, settings.checkpointing, kept)
+
+
+def attending_layers(shape: Shape, batch: MicroBatch, settings: Settings, free: int) -> int:
+    """Layers that keep their attention in the forward of `batch`, as `slothrl.activations` decides it.
+
+    Args:
+        free: as in `micro_batch`.
+    """
+    if not settings.checkpointing or settings.activations not in KEEPING:
+        return 0
+    if not settings.cuda:
+        return 0 if settings.activations == "auto" else shape.layers
+    config, policy = text_config(shape), settings.activations
+    left, light = left_beside(free, config, batch.tokens), left_of_light(config, batch.tokens)
+    return layers_that_keep(policy, sizes(shape, settings), batch.tokens, settings.length, free, left, light)
+
+
+def sizes(shape: Shape, settings: Settings) -> AttentionSizes:
+    """What decides how many they are."""
+    weights, numbers = shape.packed // shape.layers, attention_numbers(shape, settings.fused)
+    whole = whole_layers(shape, settings.fused)
+    return AttentionSizes(shape.layers, shape.query, shape.heads, weights, numbers, whole)
+
+
+def text_config(shape: Shape) -> SimpleNamespace:
+    """The fields of a transformers config that `slothrl.token_bytes` reads."""
+    return SimpleNamespace(
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
@@ -62,4 +94,3 @@ def budget(shape: Shape, settings: Settings, free: int) -> int:
         intermediate_size=shape.mlp,
         vocab_size=shape.vocabulary,
     )
-    return tokens_that_fit(free, config, settings.checkpointing)

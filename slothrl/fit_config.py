@@ -82,7 +82,7 @@ def settings_of(
         checkpointing=bool(value(config, "gradient_checkpointing")),
         fused=config.model.fuse == "on" or (cuda and config.model.fuse == "auto"),
         layer_graphs=cuda and config.model.graphs == "on",
-        offload=config.model.activations in ("offload", "both"),
+        activations=config.model.activations,
         optimizer=str(value(config, "optim") or DEFAULT_OPTIMIZER),
         shared=rollout.share_base != "never" and quantization != "int8" and _one_dtype(config),
         sleep=rollout.sleep,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slothrl.fit_activations import MicroBatch, Route, activation_peak, graphed_bytes, layer_peak
-from slothrl.fit_batch import micro_batch
+from slothrl.fit_batch import attending_layers, micro_batch
 from slothrl.fit_constants import GIB, constant
 from slothrl.fit_shape import Shape
 from slothrl.fit_terms import (
@@ -45,7 +45,7 @@ class Settings:
         sequences: completions generated side by side.
         fused: the trainer's layers are fused (`model.fuse`).
         layer_graphs: fused layers run by CUDA graphs (`model.graphs=on`; "auto" takes only what it finds free).
-        offload: the inputs of checkpointed layers wait in the host's memory (`model.activations`).
+        activations: what checkpointed layers keep (`model.activations`).
         shared: vLLM and the trainer hold one base.
         sleep: vLLM's cache is not there while the trainer works.
         utilization: the share of the device that vLLM takes where `cache` is None.
@@ -70,7 +70,7 @@ class Settings:
     checkpointing: bool = True
     fused: bool = False
     layer_graphs: bool = False
-    offload: bool = False
+    activations: str = "layer"
     optimizer: str = "adamw_torch_fused"
     shared: bool = True
     sleep: bool = True
@@ -98,7 +98,8 @@ class Settings:
     @property
     def route(self) -> Route:
         quantized = self.quantization != "none"
-        return Route(self.trainer, self.width, quantized, self.checkpointing, self.fused, self.offload)
+        offload = self.activations in ("offload", "both")
+        return Route(self.trainer, self.width, quantized, self.checkpointing, self.fused, offload)
 
 
 @dataclass(frozen=True)
@@ -144,10 +145,11 @@ def update(shape: Shape, settings: Settings, total: int) -> PhasePrediction:
     parts[GRADIENTS] = adapter_bytes(shape)
     if settings.uses_vllm and not (settings.sleep and settings.cuda):
         parts[CACHE] = cache(shape, settings, total)
-    batch = largest_micro_batch(shape, settings, total)
-    parts[TEMPORARY] = activation_peak(shape, batch, settings.route)
+    batch, free = largest_micro_batch(shape, settings, total), free_for_update(shape, settings, total)
+    route = replace(settings.route, attending=attending_layers(shape, batch, settings, free))
+    parts[TEMPORARY] = activation_peak(shape, batch, route)
     if settings.fused and settings.layer_graphs:
-        parts[LAYER_GRAPHS] = graphed_bytes(shape, batch, settings.route)
+        parts[LAYER_GRAPHS] = graphed_bytes(shape, batch, route)
     parts[REST] = around(shape, settings)
     if settings.cuda:
         parts[REST] += fragments(shape, batch, settings)
@@ -155,14 +157,16 @@ def update(shape: Shape, settings: Settings, total: int) -> PhasePrediction:
 
 
 def largest_micro_batch(shape: Shape, settings: Settings, total: int) -> MicroBatch:
-    """The fullest micro-batch of an update on a device of `total` bytes (`slothrl.fit_batch`).
+    """The fullest micro-batch of an update on a device of `total` bytes (`slothrl.fit_batch`)."""
+    return micro_batch(shape, settings, free_for_update(shape, settings, total))
 
-    What it finds free is what weights, LoRA, gradients, the optimizer's state and the context leave.
-    """
+
+def free_for_update(shape: Shape, settings: Settings, total: int) -> int:
+    """What a micro-batch finds free: what weights, LoRA, gradients, the optimizer's state and the context leave."""
     free = total - sum(held(shape, settings).values()) - adapter_bytes(shape) - around(shape, settings)
     if settings.uses_vllm and not (settings.sleep and settings.cuda):
         free -= cache(shape, settings, total)
-    return micro_batch(shape, settings, max(free, 0))
+    return max(free, 0)
 
 
 def fragments(shape: Shape, batch: MicroBatch, settings: Settings) -> int:

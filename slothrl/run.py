@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 
 from slothrl.activations import keep_activations
@@ -67,30 +71,60 @@ def run(config: Config, output_dir: Path, overrides: Sequence[str] = (), console
         UserError: something the user can mend; nothing has been trained, unless it is a `FaultError`.
         Stopped: a signal came while there was no step to finish, or a second one.
     """
-    with only_writer(output_dir), Interrupts() as interrupts:
+    with _memory_given_back(), only_writer(output_dir), Interrupts() as interrupts:
         return _run(config, output_dir, overrides, console or Console(), interrupts)
 
 
 def _run(
     config: Config, output_dir: Path, overrides: Sequence[str], console: Console, interrupts: Interrupts
 ) -> Summary:
-    from slothrl.trainers.build import trainer_config
-
     start = time.monotonic()
     sweep(output_dir)
     prepared = prepare(config, output_dir)
+    # Libraries keep exceptions of their imports (vLLM that of a missing torchcodec), which keep every frame they came
+    # through and all that it names: the model is named in none from which TRL and vLLM are imported.
+    from slothrl.trainers.build import trainer_config
+
     arguments = trainer_config(prepared, output_dir)
     made_of = fingerprint(prepared, arguments)
     point = _resume_point(prepared, output_dir, made_of, console)
     record_provenance(output_dir, prepared, made_of, overrides)
+    job = Job(prepared, arguments, output_dir, point, made_of, resume_command(overrides, output_dir), start)
     with reported(output_dir):
-        base = open_base(prepared, arguments)
-        trainer, engine = _start(prepared, arguments, base, output_dir, console)
-        trainer.made_of, trainer.settings = made_of, settings(prepared)
-        command = resume_command(overrides, output_dir)
-        before = _first_score(prepared, trainer, engine, output_dir, command, resumed=point is not None)
+        return _work(job, console, interrupts)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run whose config, data and rewards have been tried, and of which nothing is loaded yet.
+
+    Attributes:
+        arguments: TRL's config.
+        point: where it goes on; None: from the start.
+        made_of: as `slothrl.fingerprint.fingerprint` makes it.
+        command: the shell command that goes on with it.
+        start: `time.monotonic()` when it began.
+    """
+
+    prepared: Prepared
+    arguments: Any
+    output_dir: Path
+    point: ResumePoint | None
+    made_of: dict[str, Any]
+    command: str
+    start: float
+
+
+def _work(job: Job, console: Console, interrupts: Interrupts) -> Summary:
+    """Load, score, train, score: nothing of it is left in memory when `run` returns."""
+    prepared, output_dir, command = job.prepared, job.output_dir, job.command
+    base, trainer, engine = open_base(prepared, job.arguments), None, None
+    try:
+        trainer, engine = _start(prepared, job.arguments, base, output_dir, console)
+        trainer.made_of, trainer.settings = job.made_of, settings(prepared)
+        before = _first_score(prepared, trainer, engine, output_dir, command, resumed=job.point is not None)
         _say_score(console, prepared, "before", before)
-        train_seconds = train(trainer, prepared, output_dir, point, console, interrupts, command)
+        train_seconds = train(trainer, prepared, output_dir, job.point, console, interrupts, command)
         if (graphs := graphs_of(trainer.model)) is not None:
             console.print(f"CUDA graphs of layers: {graphs}", markup=False)
         after = None if interrupts.number else _score(prepared, trainer, engine, output_dir, command)
@@ -101,13 +135,36 @@ def _run(
             after=after,
             steps=trainer.state.global_step,
             train_seconds=round(train_seconds, 1),
-            seconds=round(time.monotonic() - start, 1),
+            seconds=round(time.monotonic() - job.start, 1),
             engine=engine.name,
             resume=command if interrupts.number else None,
             signal=signal.Signals(interrupts.number).name if interrupts.number else None,
         )
         _close(trainer, engine, summary, console, sft=prepared.sft)
-    return summary
+        return summary
+    except Exception:
+        if base.engine is not None:  # a sweep's next run needs the memory
+            with contextlib.suppress(Exception):  # what broke is what is told
+                base.engine.close()
+        raise
+    finally:
+        base = trainer = engine = None  # whoever keeps this frame (see `_run`) does not keep them
+
+
+@contextlib.contextmanager
+def _memory_given_back() -> Iterator[None]:
+    """A notebook or a sweep goes on after a run, whose trainer and model name each other and wait for the collector."""
+
+    def free() -> None:
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    free()  # after a fault its traceback held everything until now
+    try:
+        yield
+    finally:
+        free()
 
 
 def _start(prepared: Prepared, arguments, base: Base, output_dir: Path, console: Console):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Trainer
 
 PAD, EOS, START, UNK = "<|endoftext|>", "<|im_end|>", "<|im_start|>", "<unk>"
 
@@ -72,3 +74,12 @@ def tiny_model(vocab_size: int, hidden: int = 64, layers: int = 2) -> LlamaForCa
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForCausalLM(config).eval()
+
+
+def models_alive() -> set[int]:
+    """Ids of all trainers, models and engines in this process that something still holds, or the collector has not
+    come by yet."""
+    from slothrl.engine import Engine
+
+    kinds = (Trainer, PreTrainedModel, Engine)
+    return {id(found) for found in gc.get_objects() if issubclass(type(found), kinds)}

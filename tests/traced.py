@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
+from slothrl.activations import keep_activations
+
 
 class LiveBytes(TorchDispatchMode):
     """Bytes of all storages made inside the block that are still alive; `peak` is their most."""
@@ -75,8 +77,13 @@ class _Quantized(nn.Module):
         return result.to(x.dtype).clone() + self.lora_B(self.lora_A(x)) * 2.0
 
 
-def traced_peak(config: Any, rows: int, length: int, checkpointing: bool, rank: int = 16) -> tuple[int, int]:
+def traced_peak(
+    config: Any, rows: int, length: int, checkpointing: bool, rank: int = 16, activations: str = "layer"
+) -> tuple[int, int]:
     """Forward and backward of the decoder under a mask, nf4 and LoRA on every linear, autocast to bfloat16.
+
+    Args:
+        activations: what checkpointed layers keep (`slothrl.activations`).
 
     Returns:
         (bytes alive after the forward, the most during the backward), weights aside, the LoRA's gradients included.
@@ -86,6 +93,7 @@ def traced_peak(config: Any, rows: int, length: int, checkpointing: bool, rank: 
         if checkpointing:
             decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             decoder.enable_input_require_grads()
+            keep_activations(decoder, activations)
         ids = torch.zeros(rows, length, dtype=torch.long)
         mask = torch.ones(rows, 1, length, length, dtype=torch.bool)
         counter = LiveBytes()

@@ -5,9 +5,9 @@
     python -m slothrl bench step --arms slothrl,peft --length 8192 --batch 1
 
 nf4 with double quantisation, LoRA r=16 on the seven linear layers with float32 weights under bf16 autocast, gradient
-checkpointing, AdamW8bit, random weights and tokens, the same in every arm. A step is forward, backward, optimizer;
-median of `--steps` after some to warm up, with and without the optimizer's; what is timed is what was compared: every
-arm must have the first arm's loss and gradient norm after the former, as far as bf16 has them.
+checkpointing, AdamW8bit (slothrl's in one launch), random weights and tokens, the same in every arm. A step is forward,
+backward, optimizer; median of `--steps` after some to warm up, with and without the optimizer's; what is timed is what
+was compared: every arm must have the first arm's loss and gradient norm after the former, as far as bf16 has them.
 Graphs: slothrl with model.graphs=off, graphs with on, auto with auto.
 Unsloth runs where it can be imported, through its public interface, from a checkpoint of the same weights on disk.
 """
@@ -111,7 +111,7 @@ def run_arm(arguments: argparse.Namespace) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     shape = (arguments.batch, arguments.length)
     ids = torch.randint(0, vocabulary, shape, generator=generator).to(arguments.device)
-    optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad], cuda)
+    optimizer = optimizer_of([p for p in model.parameters() if p.requires_grad], cuda, arguments.arm)
     losses, norm, taken = timed_steps(model, loss_of, optimizer, ids, arguments)
     peak = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if cuda else (0, 0)
     if arguments.arm in ("graphs", "auto") and cuda:
@@ -244,7 +244,12 @@ def save_tokenizer(folder: str) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
 
 
-def optimizer_of(parameters: list, cuda: bool) -> Any:
+def optimizer_of(parameters: list, cuda: bool, arm: str) -> Any:
+    """bitsandbytes' 8-bit AdamW; slothrl's is the same in one launch."""
+    if cuda and arm in ("slothrl", "graphs", "auto"):
+        from slothrl.flat_adamw import FlatAdamW8bit
+
+        return FlatAdamW8bit(parameters, lr=1e-4)
     if cuda:
         from bitsandbytes.optim import AdamW8bit
 

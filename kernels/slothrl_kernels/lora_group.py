@@ -21,6 +21,7 @@ from torch import Tensor
 from slothrl_kernels.base_weight import dense
 from slothrl_kernels.lora_flat import Adapters, gradient_of_a, spans_of
 from slothrl_kernels.lora_math import Projection
+from slothrl_kernels.nf4_group import Part, unpack_group
 from slothrl_kernels.switch import Impl
 
 
@@ -109,13 +110,8 @@ class LoraGroup:
     def _unpacked(self) -> Tensor:
         """[W_i | B_i at its own columns of R] (N, K + R)."""
         whole = self.like.new_empty(self.outputs, self.inputs + self.rank)
-        if sum(p.rank for p in self.projections) < self.rank or len(self.projections) > 1:
-            whole[:, self.inputs :].zero_()
-        for p, b, rows, span in zip(self.projections, self.b, self.rows, self.spans, strict=True):
-            dense(p.weight, whole.dtype, whole[rows, : self.inputs], self.impl)
-            if b is not None:
-                whole[rows, self.inputs + span.start : self.inputs + span.stop] = b
-        return whole
+        pieces = zip(self.projections, self.b, self.spans, strict=True)
+        return unpack_group([Part(p.weight, b, span.start) for p, b, span in pieces], whole, impl=self.impl)
 
     def _forward_dense(self, both: Tensor) -> Tensor:
         y, x = both.new_empty(both.size(0), self.outputs), both[:, : self.inputs]
@@ -171,11 +167,7 @@ class LoraOnto:
             y = y if p.bias is None else y.add_(p.bias.detach())
             return y.add_(residual)
         whole = both.new_empty(self.outputs, inputs + self.rank)  # [W | B]
-        dense(p.weight, both.dtype, whole[:, :inputs], self.impl)
-        if self.b is not None:
-            if p.rank < self.rank:
-                whole[:, inputs + p.rank :].zero_()
-            whole[:, inputs : inputs + p.rank] = self.b
+        unpack_group([Part(p.weight, self.b)], whole, impl=self.impl)
         y = torch.addmm(residual, both, whole.T)
         return y if p.bias is None else y.add_(p.bias.detach())
 

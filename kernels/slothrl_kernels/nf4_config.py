@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 GEMM_ROWS = 256  # rows of X from which dequantising once and torch's matmul take over
 ROW_BUCKETS = (16, 32, 64, 128, 256)
@@ -13,7 +13,8 @@ class Nf4Config:
     """One launch: block_m tokens by block_n weight rows, `chunks` times 64 of k a step.
 
     splits: programs that share K, 0 for `default_splits`. registers: at most so many a thread, 0 for no limit: two
-    programs on a multiprocessor beat one that spills nothing.
+    programs on a multiprocessor beat one that spills nothing. parts: multiplications a step, 1, 2 or 4. apart: 1 where
+    the multiprocessors begin at different places of K, so that not all ask for the same lines of X at the same time.
     """
 
     block_m: int
@@ -23,9 +24,11 @@ class Nf4Config:
     stages: int = 3
     splits: int = 0
     registers: int = 0
+    parts: int = 4
+    apart: int = 0
 
     def fields(self) -> list[int]:
-        return [self.block_m, self.block_n, self.chunks, self.warps, self.stages, self.splits, self.registers]
+        return list(astuple(self))
 
 
 # By rows of X; at most 99 KiB of shared memory, the limit of consumer cards. From sweeps on an H100, kernels/README.md.
@@ -33,8 +36,8 @@ DEFAULTS = {
     16: Nf4Config(16, 32, 4, 2, 3),
     32: Nf4Config(32, 32, 4, 2, 3),
     64: Nf4Config(64, 64, 2, 4, 3),
-    128: Nf4Config(128, 128, 2, 8, 2),
-    256: Nf4Config(128, 128, 2, 8, 2),
+    128: Nf4Config(128, 128, 2, 8, 2, registers=128),
+    256: Nf4Config(128, 128, 2, 8, 2, registers=128),
 }
 
 
@@ -63,8 +66,8 @@ def default_splits(config: Nf4Config, rows: int, outputs: int, inputs: int, proc
     return max(1, min(16, wanted // tiles, inputs // (8 * rows)))
 
 
-# (block_n, chunks, warps, stages, registers) by block_m. Two chunks are 64 bytes of a row of W, four are 128.
-_TILES = {
+# (block_n, chunks, warps, stages, registers, parts) by block_m. Two chunks are 64 bytes of a row of W, four are 128.
+_TILES: dict[int, tuple[tuple[int, ...], ...]] = {
     16: (
         *((32, 4, 2, 3, 0), (32, 4, 2, 4, 0), (32, 2, 2, 4, 0), (64, 4, 2, 3, 0), (64, 2, 2, 4, 0), (64, 2, 4, 4, 0)),
         *((64, 4, 4, 3, 0), (64, 4, 4, 4, 0), (64, 4, 4, 3, 128), (128, 2, 8, 4, 128), (128, 4, 8, 3, 128)),
@@ -72,7 +75,7 @@ _TILES = {
     64: (
         *((64, 2, 4, 3, 0), (64, 2, 4, 3, 128), (64, 2, 4, 4, 128), (64, 4, 4, 3, 168), (128, 2, 4, 3, 0)),
         *((128, 2, 8, 3, 128), (128, 2, 8, 4, 128), (256, 2, 16, 2, 0), (256, 2, 16, 3, 0)),
-        *((64, 2, 2, 3, 0), (32, 4, 2, 3, 0), (32, 2, 2, 3, 0), (128, 2, 2, 2, 0)),
+        *((64, 2, 2, 3, 0), (32, 2, 2, 3, 0), (64, 2, 4, 3, 128, 1), (128, 2, 8, 3, 128, 1)),
     ),
     128: (
         *((64, 2, 4, 3, 0), (64, 2, 4, 2, 168), (128, 2, 8, 2, 0), (128, 2, 8, 2, 128), (128, 2, 8, 3, 0)),
@@ -86,7 +89,7 @@ def candidates(rows: int) -> list[Nf4Config]:
     size = bucket(rows)
     block_m = min(size, 128)
     tiles = _TILES[16 if block_m <= 32 else block_m]
-    found = [Nf4Config(block_m, *tile[:4], registers=tile[4]) for tile in tiles]
+    found = [Nf4Config(*[block_m, *tile[:4], 0, *tile[4:]]) for tile in tiles]
     if size == 128:
         found += [Nf4Config(64, 128, 2, 8, 3, registers=128), Nf4Config(64, 256, 2, 16, 2)]
     return list(dict.fromkeys([DEFAULTS[size], *found]))

@@ -96,6 +96,11 @@ def nf4_dequantize(
     return out
 
 
+def by_words(weight: Nf4Weight) -> bool:
+    """Whether the kernel may read 32 bits at once: the bytes end with a word and start at one (a slice may not)."""
+    return weight.packed.numel() % 4 == 0 and weight.packed.data_ptr() % 4 == 0
+
+
 def _check_out(weight: Nf4Weight, dtype: torch.dtype, out: Tensor | None) -> None:
     if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise ValueError(f"dtype must be a float of 16 bits or more, not {dtype}")
@@ -111,8 +116,7 @@ def _run(weight: Nf4Weight, out: Tensor, columns: int, launch: DequantizeLaunch)
     count, nested, packed = prod(weight.shape), weight.nested, weight.packed
     if count == 0:
         return
-    # Whole words only where the bytes end with one, and start at one (a slice of a shard may not).
-    by_word = packed.numel() % 4 == 0 and packed.data_ptr() % 4 == 0
+    by_word = by_words(weight)
     with torch.cuda.device_of(packed):  # Triton launches on the current device, not on the tensor's
         _nf4_dequantize_kernel[(triton.cdiv(count, 8 * launch.words * launch.repeat),)](
             packed.flatten().view(torch.int32) if by_word else packed,
@@ -159,6 +163,48 @@ def _load_nibbles(packed, word, places, count, BY_WORD: tl.constexpr):
 
 
 @jit
+def unpack_words(
+    first,
+    packed,
+    scales,
+    out,
+    count,
+    columns,
+    row_stride,
+    source,
+    BLOCKSIZE: tl.constexpr,
+    INNER_BLOCKSIZE: tl.constexpr,
+    BY_WORD: tl.constexpr,
+    ROWS_APART: tl.constexpr,
+    SLICED: tl.constexpr,
+    WORDS: tl.constexpr,
+    REPEAT: tl.constexpr,
+):
+    """WORDS * REPEAT words of 8 weights of `out` from `first` on, 64 bits: count may pass 2**31.
+
+    source: SLICED, where out is part of W: (its first row, W's columns, its first column, end of what may be read).
+    """
+    absmax, code, inner_code, inner_absmax, offset = scales
+    places = tl.arange(0, 8)
+    for turn in tl.static_range(REPEAT):  # pyright: ignore
+        word = first + turn * WORDS + tl.arange(0, WORDS)
+        start, origin, end = word * 8, word, count
+        if ROWS_APART:
+            row, column = start // columns, start % columns
+            start = row * row_stride + column
+            if SLICED:
+                first_row, width, first_column, end = source
+                origin = ((row + first_row) * width + (column + first_column)) // 8
+        nibbles = _load_nibbles(packed, origin, places, end, BY_WORD)
+        block = tl.minimum(origin * 8, end - 1) // BLOCKSIZE
+        scale = load_absmax(absmax, block, inner_code, inner_absmax, offset, INNER_BLOCKSIZE)
+        values = tl.load(code + nibbles) * scale[:, None]
+        address = start[:, None] + places[None, :]
+        element = word[:, None] * 8 + places[None, :]
+        tl.store(out + address, values.to(out.dtype.element_ty), mask=element < count)
+
+
+@jit
 def _nf4_dequantize_kernel(
     packed,
     absmax,
@@ -177,17 +223,22 @@ def _nf4_dequantize_kernel(
     WORDS: tl.constexpr,
     REPEAT: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * (WORDS * REPEAT)  # 64 bits: count may pass 2**31
-    places = tl.arange(0, 8)
-    for turn in tl.static_range(REPEAT):  # pyright: ignore
-        word = first + turn * WORDS + tl.arange(0, WORDS)
-        nibbles = _load_nibbles(packed, word, places, count, BY_WORD)
-        block = tl.minimum(word * 8, count - 1) // BLOCKSIZE
-        scale = load_absmax(absmax, block, inner_code, inner_absmax, offset, INNER_BLOCKSIZE)
-        values = tl.load(code + nibbles) * scale[:, None]
-        start = word * 8
-        if ROWS_APART:
-            start = start // columns * row_stride + start % columns
-        address = start[:, None] + places[None, :]
-        element = word[:, None] * 8 + places[None, :]
-        tl.store(out + address, values.to(out.dtype.element_ty), mask=element < count)
+    first = tl.program_id(0).to(tl.int64) * (WORDS * REPEAT)
+    scales = (absmax, code, inner_code, inner_absmax, offset)
+    unpack_words(
+        first,
+        packed,
+        scales,
+        out,
+        count,
+        columns,
+        row_stride,
+        (0, columns, 0, count),
+        BLOCKSIZE,
+        INNER_BLOCKSIZE,
+        BY_WORD,
+        ROWS_APART,
+        False,
+        WORDS,
+        REPEAT,
+    )

@@ -20,6 +20,7 @@ if TYPE_CHECKING or HAS_TRITON:
     import triton
     import triton.language as tl
 
+    from slothrl_kernels.early_launch import let_next_start
     from slothrl_kernels.nf4_matmul_kernels import finish
 
 SHARE = 256  # inputs a program, where that leaves no more than 32 programs to add up
@@ -43,7 +44,10 @@ def nf4_inputs_kernel(
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:  # the GEMM, which asks for W meanwhile
+        let_next_start()
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, GROUP)
@@ -68,7 +72,7 @@ def nf4_inputs_kernel(
 
 
 def nf4_inputs(
-    x: Tensor, chunks: int, a: Tensor | None = None, arrived: Tensor | None = None
+    x: Tensor, chunks: int, a: Tensor | None = None, arrived: Tensor | None = None, early: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """X in groups of 64 * chunks inputs, each by k modulo 4, and X A^T summed in float32; Triton only.
 
@@ -76,6 +80,7 @@ def nf4_inputs(
         x: (M, K) contiguous, bfloat16 or float16, K a multiple of 64 * chunks.
         a: (R, K) contiguous, of X's dtype, or None.
         arrived: int32 zeros that the caller keeps, zeros again afterwards; None: what is kept for the stream.
+        early: the next launch on the stream is the GEMM, which may start at once (`early_launch`).
 
     Returns:
         (M, K) and (M, R), or None, of X's dtype.
@@ -111,6 +116,7 @@ def nf4_inputs(
             BLOCK_N=block_n,
             GROUP=group,
             SPLIT=splits > 1,
+            EARLY=early,
             num_warps=4,
             num_stages=2,
         )

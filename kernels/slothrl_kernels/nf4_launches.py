@@ -16,7 +16,7 @@ import torch
 from slothrl_kernels.nf4_config import DEFAULTS, Nf4Config, bucket, complete
 from slothrl_kernels.switch import processors
 
-KERNEL = 2  # winners of another kernel, or of other fields, are nobody's
+KERNEL = 3  # winners of another kernel, or of other fields, are nobody's
 Winners = dict[tuple[int, int, int], Nf4Config]  # by (rows bucket, N, K)
 
 # Llama-3-8B's projections, from tests/gpu/bench_kernels.py on 2026-11-22 (kernels/README.md).
@@ -35,8 +35,8 @@ SHIPPED: dict[str, Winners] = {
         (16, 28672, 4096): Nf4Config(16, 64, 4, 2, 3, 1),
         (32, 28672, 4096): Nf4Config(32, 64, 4, 4, 3, 2),
         (64, 28672, 4096): Nf4Config(64, 128, 2, 4, 3, 1),
-        (128, 28672, 4096): Nf4Config(128, 128, 2, 8, 2, 1),
-        (256, 28672, 4096): Nf4Config(128, 128, 2, 8, 2, 1),
+        (128, 28672, 4096): Nf4Config(128, 128, 2, 8, 2, 1, 128),
+        (256, 28672, 4096): Nf4Config(128, 128, 2, 8, 2, 1, 128),
         (16, 4096, 14336): Nf4Config(16, 32, 4, 2, 3, 4),
         (32, 4096, 14336): Nf4Config(32, 32, 4, 2, 3, 4),
         (64, 4096, 14336): Nf4Config(64, 64, 2, 4, 3, 4, 128),

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slothrl_kernels.arrivals import arrival_counters
+from slothrl_kernels.early_launch import starts_early
 from slothrl_kernels.nf4_config import GEMM_ROWS, Nf4Config, complete
 from slothrl_kernels.nf4_dequantize import nf4_dequantize, nf4_dequantize_reference
 from slothrl_kernels.nf4_inputs import nf4_inputs
@@ -29,6 +30,9 @@ if TYPE_CHECKING or HAS_TRITON:
     import triton.language as tl
 
     from slothrl_kernels.nf4_matmul_kernels import nf4_gemm_kernel
+
+
+AHEAD = 8 << 20  # some 3 us of an H100's memory: as long as X takes to be put in order
 
 
 def nf4_matmul_reference(x: Tensor, weight: Nf4Weight, bias: Tensor | None = None) -> Tensor:
@@ -108,17 +112,22 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
-def launch(x: Tensor, weight: Nf4Weight, bias: Tensor | None, config: Nf4Config, lora: Any = None) -> Tensor:
-    """x (M, K) contiguous -> (M, N); lora: a `nf4_lora.LoraDelta`, added before the result is rounded."""
-    own = lora.arrived if lora else None
+def launch(
+    x: Tensor, weight: Nf4Weight, bias: Tensor | None, config: Nf4Config, lora: Any = None, ahead: int = AHEAD
+) -> Tensor:
+    """x (M, K) contiguous -> (M, N); lora: a `nf4_lora.LoraDelta`, added before the result is rounded.
+
+    ahead: bytes of W that the GEMM asks for while X is put in order, from Hopper on; 0: it starts when that is done.
+    """
+    own, early = lora.arrived if lora else None, ahead > 0 and starts_early(x.device)
     (rows, inputs), outputs, nested, code = x.shape, weight.shape[0], weight.nested, weight.code
-    ordered, xa = nf4_inputs(x, config.chunks, lora.a if lora else None, own)
     grid = (triton.cdiv(outputs, config.block_n), config.splits, triton.cdiv(rows, config.block_m))
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     partials = arrived = code  # not touched by a single split
     if config.splits > 1:
         partials = torch.empty(config.splits * rows * outputs, dtype=torch.float32, device=x.device)
-        arrived = arrival_counters(x.device, grid[0] * grid[2], own)
+        arrived = arrival_counters(x.device, grid[0] * grid[2], own)  # may be a launch: not between the next two
+    ordered, xa = nf4_inputs(x, config.chunks, lora.a if lora else None, own, early)
     with torch.cuda.device_of(x):  # Triton launches on the current device, not on the tensor's
         nf4_gemm_kernel[grid](
             ordered,
@@ -137,9 +146,13 @@ def launch(x: Tensor, weight: Nf4Weight, bias: Tensor | None, config: Nf4Config,
             inputs // 4,
             inputs // 64,
             config.splits,
+            min(inputs // 2, max(64, ahead // (outputs * config.splits) // 16 * 16)),
+            processors(x.device) if config.apart else 1,
             **_options(x.dtype, weight, bias is not None, config),
+            EARLY=early,
             RANK=lora.b.shape[1] if lora else 0,
             SLICES=len(lora.sizes) if lora else 1,
+            **({"launch_pdl": True} if early else {}),
         )
     return y
 
@@ -157,6 +170,7 @@ def _options(dtype: torch.dtype, weight: Nf4Weight, has_bias: bool, config: Nf4C
         "BLOCK_N": config.block_n,
         "CHUNKS": config.chunks,
         "SPLIT": config.splits > 1,
+        "PARTS": config.parts,
         "num_warps": config.warps,
         "num_stages": config.stages,
     }

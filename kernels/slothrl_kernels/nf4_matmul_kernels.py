@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from slothrl_kernels.early_launch import ask_for, wait_for_last
 from slothrl_kernels.nf4_decode import decode_4
 from slothrl_kernels.nf4_dequantize import load_absmax
 from slothrl_kernels.switch import HAS_TRITON, jit
@@ -23,6 +24,45 @@ if TYPE_CHECKING or HAS_TRITON:
 def _multiply(weights, tokens, there, total, INTERPRETED: tl.constexpr):
     tile = tl.load(tokens, mask=there, other=0.0)
     return tl.dot(weights, tile.to(tl.float32) if INTERPRETED else tile, total)
+
+
+@jit
+def _settled(total):
+    """The sums as they are, but done: Triton waits for Hopper's multiplications before another instruction reads them.
+
+    Left to run on into the next turn of the loop, they make ptxas (12.8) wait after each single instruction of all of
+    them: "wgmma.mma_async instructions are serialized". The copy itself costs nothing.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [total], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@jit
+def _multiply_step(
+    a, b, c, d, tokens, there, total,
+    PARTS: tl.constexpr, PTX: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Adds the four tiles of a step's weights times its tokens, in one, two or four multiplications.
+
+    tokens: addresses of the first multiplication's; the others' follow. Fewer multiplications wait less and read longer
+    rows, but need more registers.
+    """
+    ROWS: tl.constexpr = a.shape[0]  # pyright: ignore
+    UNITS: tl.constexpr = a.shape[1]  # pyright: ignore
+    if PARTS == 4:
+        total = _multiply(a, tokens, there, total, INTERPRETED)
+        total = _multiply(b, tokens + UNITS, there, total, INTERPRETED)
+        total = _multiply(c, tokens + 2 * UNITS, there, total, INTERPRETED)
+        total = _multiply(d, tokens + 3 * UNITS, there, total, INTERPRETED)
+    elif PARTS == 2:
+        first = tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (ROWS, 2 * UNITS))
+        second = tl.reshape(tl.permute(tl.join(c, d), (0, 2, 1)), (ROWS, 2 * UNITS))
+        total = _multiply(first, tokens, there, total, INTERPRETED)
+        total = _multiply(second, tokens + 2 * UNITS, there, total, INTERPRETED)
+    else:
+        weights = tl.permute(tl.join(tl.join(a, c), tl.join(b, d)), (0, 2, 3, 1))
+        weights = tl.reshape(weights, (ROWS, 4 * UNITS))
+        total = _multiply(weights, tokens, there, total, INTERPRETED)
+    return _settled(total) if PTX else total
 
 
 @jit
@@ -97,7 +137,7 @@ def finish(
         _write(total, y, address, inside, bias, xa, lora_b, ends, near, token, M, HAS_BIAS, RANK, SLICES, INTERPRETED)
 
 
-@jit(do_not_specialize=["M", "splits"])
+@jit(do_not_specialize=["M", "splits", "ahead", "turns"])
 def nf4_gemm_kernel(
     x,
     packed,
@@ -119,6 +159,8 @@ def nf4_gemm_kernel(
     row_units,  # K / 4: 16-bit units in a row of W
     row_chunks,  # K / 64
     splits,
+    ahead,  # bytes of each row of W to ask for before X is there
+    turns,  # at how many places of their share of K programs begin, one after the other
     DTYPE: tl.constexpr,
     CHUNKS_A_BLOCK: tl.constexpr,
     INNER_BLOCKSIZE: tl.constexpr,
@@ -131,6 +173,8 @@ def nf4_gemm_kernel(
     BLOCK_N: tl.constexpr,
     CHUNKS: tl.constexpr,
     SPLIT: tl.constexpr,
+    PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     UNITS: tl.constexpr = 16 * CHUNKS
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -141,21 +185,24 @@ def nf4_gemm_kernel(
     units = packed + near_row[:, None] * row_units + place[None, :]
     # Tokens beyond the end are not read: all programs would ask for the last one's line at the same time.
     there = (token < M)[None, :]
-    tokens = x + tl.minimum(token, M - 1)[None, :] * K + place[:, None]
+    tokens = x + tl.minimum(token, M - 1)[None, :] * K + tl.arange(0, 4 * UNITS // PARTS)[:, None]
     chunk = (near_row * row_chunks)[:, None] + tl.arange(0, CHUNKS)[None, :]
     share = tl.cdiv(row_chunks // CHUNKS, splits)
     begin = tl.program_id(1) * share
+    count = tl.minimum(share, row_chunks // CHUNKS - begin)  # none where splits do not divide K
+    turn = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) % turns * count // turns
+    if EARLY:
+        ask_for(packed + near_row * row_units + (begin + turn) * UNITS, tl.minimum(ahead, (count - turn) * 2 * UNITS))
+        wait_for_last()
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for step in range(begin, tl.minimum(begin + share, row_chunks // CHUNKS)):
+    for i in range(count):
+        step = begin + tl.where(i + turn < count, i + turn, i + turn - count)
         block = (chunk + step * CHUNKS) // CHUNKS_A_BLOCK
         scale = load_absmax(absmax, block, inner_code, inner_absmax, offset, INNER_BLOCKSIZE)
         scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BLOCK_N, CHUNKS, 16)), (BLOCK_N, UNITS))
         a, b, c, d = decode_4(tl.load(units + step * UNITS), scale, code, DTYPE, PTX, INTERPRETED)
         step_tokens = tokens + step * (4 * UNITS)
-        total = _multiply(a, step_tokens, there, total, INTERPRETED)
-        total = _multiply(b, step_tokens + UNITS, there, total, INTERPRETED)
-        total = _multiply(c, step_tokens + 2 * UNITS, there, total, INTERPRETED)
-        total = _multiply(d, step_tokens + 3 * UNITS, there, total, INTERPRETED)
+        total = _multiply_step(a, b, c, d, step_tokens, there, total, PARTS, PTX, INTERPRETED)
     finish(
         total, y, bias, xa, lora_b, ends, partials, arrived, row, token, M, N, splits,
         HAS_BIAS, RANK, SLICES, SPLIT, INTERPRETED,

@@ -7,20 +7,22 @@ reference before it may win. Winners are kept for later processes (`nf4_launches
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from slothrl_kernels.nf4_config import ROW_BUCKETS, Nf4Config, candidates, complete
 from slothrl_kernels.nf4_decode import NF4_CODE
 from slothrl_kernels.nf4_launches import choose_config, found_launches, keep
 from slothrl_kernels.nf4_lora import LoraDelta, nf4_lora_matmul_reference
-from slothrl_kernels.nf4_matmul import launch
+from slothrl_kernels.nf4_matmul import AHEAD, launch
 from slothrl_kernels.nf4_weight import Nf4Weight
 from slothrl_kernels.switch import processors
 
 RANK = 16  # of the LoRA that candidates run with, as in generation: it costs registers, which decide
+Timer = Callable[[Callable[[int], Any], int], float]
 COLD = 200_000_000  # bytes of W to walk over, several times any L2 cache
 
 
@@ -42,46 +44,76 @@ def tune(
     return best
 
 
+@dataclass(frozen=True)
+class Trial:
+    """One problem that launches are timed on: copies of a weight (N, K), X (rows, K), a LoRA, and the exact Y."""
+
+    weights: list[Nf4Weight]
+    x: Tensor
+    lora: LoraDelta
+    exact: Tensor
+
+    @classmethod
+    def of(cls, rows: int, weights: list[Nf4Weight]) -> Trial:
+        outputs, inputs = weights[0].shape
+        x = torch.randn(rows, inputs, device=weights[0].packed.device).to(torch.bfloat16)
+        lora = LoraDelta.zeros(RANK, inputs, (outputs,), x)
+        lora.a.normal_(std=inputs**-0.5)
+        lora.b.normal_(std=0.1)
+        return cls(weights, x, lora, nf4_lora_matmul_reference(x, weights[0], lora).float())
+
+    def complete(self, config: Nf4Config) -> Nf4Config:
+        outputs, inputs = self.weights[0].shape
+        return complete(config, len(self.x), outputs, inputs, processors(self.x.device))
+
+    def call(self, config: Nf4Config, copy: int, ahead: int = AHEAD) -> Tensor:
+        """Y of one of the weights."""
+        return launch(self.x, self.weights[copy], None, config, self.lora, ahead)
+
+    def microseconds(self, config: Nf4Config, ahead: int = AHEAD, timer: Timer | None = None) -> float:
+        """us a call, W out of cache; infinity for a launch that is refused here or gives wrong results.
+
+        ahead: as in `nf4_matmul.launch`. timer: takes the call and the number of weights; by default in a CUDA graph.
+        """
+        try:
+            result = self.call(config, 0, ahead).float()
+        except Exception:  # a launch that this GPU or Triton refuses is no candidate
+            return float("inf")
+        if not (result - self.exact).norm() <= 1e-2 * self.exact.norm():
+            return float("inf")
+        return (timer or graph_microseconds)(lambda i: self.call(config, i, ahead), len(self.weights))
+
+
 def fastest(rows: int, weights: list[Nf4Weight], wanted: Callable[[], bool] = lambda: True) -> tuple[float, Nf4Config]:
-    """(us a call, launch) of the fastest right candidate, and around it of other numbers of splits.
+    """(us a call, launch) of the fastest right candidate, and around it of other splits, parts and places in K.
 
     Args:
         weights: copies of one shape, enough to be out of cache when the first comes round again.
         wanted: asked before each candidate; False ends the search early.
     """
+    trial = Trial.of(rows, weights)
     outputs, inputs = weights[0].shape
-    device = weights[0].packed.device
-    x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
-    lora = LoraDelta.zeros(RANK, inputs, (outputs,), x)
-    lora.a.normal_(std=inputs**-0.5)
-    lora.b.normal_(std=0.1)
-    exact = nf4_lora_matmul_reference(x, weights[0], lora).float()
-    found: list[tuple[float, Nf4Config]] = []
-
-    def attempt(config: Nf4Config) -> None:
-        config = complete(config, rows, outputs, inputs, processors(device))
-        try:
-            result = launch(x, weights[0], None, config, lora).float()
-        except Exception:  # a launch that this GPU or Triton refuses is no candidate
-            return
-        if (result - exact).norm() <= 1e-2 * exact.norm():
-            call = lambda i: launch(x, weights[i], None, config, lora)  # noqa: E731
-            found.append((graph_microseconds(call, len(weights), 3), config))
-
+    best = float("inf"), choose_config(rows, outputs, inputs, trial.x.device)
     for config in candidates(rows):
         if wanted():
-            attempt(config)
-    if found:
-        base = min(found, key=lambda pair: pair[0])[1]
-        for splits in {1, base.splits // 2, base.splits * 2, base.splits * 3} - {0, base.splits}:
-            attempt(replace(base, splits=splits))
-    default = choose_config(rows, outputs, inputs, device)
-    return min(found, key=lambda pair: pair[0], default=(float("inf"), default))
+            config = trial.complete(config)
+            best = min(best, (trial.microseconds(config), config), key=lambda pair: pair[0])
+    splits, parts = best[1].splits, best[1].parts
+    changes = [{"parts": n} for n in {1, 2, 4} - {parts}] + [{"apart": 1}]
+    changes += [{"splits": n} for n in {1, splits // 2, splits * 2, splits * 3} - {0, splits}]
+    for change in changes:
+        if wanted():
+            config = trial.complete(replace(best[1], **change))
+            best = min(best, (trial.microseconds(config), config), key=lambda pair: pair[0])
+    return best
 
 
-def cold_weights(outputs: int, inputs: int, device: str | torch.device = "cuda") -> list[Nf4Weight]:
-    """Random weights of one shape, together larger than a cache; random bytes time as a quantised matrix does."""
-    count = max(2, -(-COLD // (outputs * inputs // 2)))
+def cold_weights(outputs: int, inputs: int, device: str | torch.device = "cuda", copies: int = 0) -> list[Nf4Weight]:
+    """Random weights of one shape, by default so many that together they are larger than a cache.
+
+    Random bytes time as a quantised matrix does.
+    """
+    count = copies or max(2, -(-COLD // (outputs * inputs // 2)))
     code = torch.tensor(NF4_CODE, device=device)
 
     def one() -> Nf4Weight:

@@ -20,13 +20,14 @@ from slothrl.probe import PolicyProbe
 from slothrl.trainers.adapters import adapter_values, restore_float32_adapter
 from slothrl.trainers.checkpoints import ExactCheckpoints
 from slothrl.trainers.guards import Guards
+from slothrl.trainers.optimizing import FewLaunches
 from slothrl.trainers.packed_step import PackedStep
 from slothrl.trainers.reference import RefreshReference, add_reference, check_refresh
 from slothrl.trainers.signal import Signal
 from slothrl.trainers.watch import Watched
 
 
-class GRPOTrainer(Guards, ExactCheckpoints, Watched, Signal, PackedStep, TRLGRPOTrainer):
+class GRPOTrainer(Guards, ExactCheckpoints, FewLaunches, Watched, Signal, PackedStep, TRLGRPOTrainer):
     """Takes TRL's arguments and six of its own.
 
     Losses that slothrl has (`slothrl.losses.VARIANTS`) are computed by it, over packed micro-batches where the model

@@ -90,6 +90,7 @@ class Signal(TypedGRPOTrainer):
         metrics = self._metrics["train"]
         metrics["dynamic_sampling/resampled_groups"].append(drawn)
         metrics["dynamic_sampling/groups_without_signal"].append(len(dull) // self.num_generations)
+        metrics["dynamic_sampling/share_without_signal"].append(len(dull) / len(inputs))
         return batch, rewards
 
     def _scored_aside(self, inputs: list[dict[str, Any]]) -> tuple[Batch, Tensor]:

@@ -11,8 +11,9 @@ from slothrl.errors import FaultError
 from slothrl.step_findings import NAMES, step_findings
 from slothrl.trainers.typed import TypedGRPOTrainer
 
+RESAMPLED = "dynamic_sampling/share_without_signal"  # of the groups, after the last draw
 READ = ("completions/clipped_ratio", "frac_reward_zero_std", "reward", "sampling/importance_sampling_ratio/mean")
-READ += ("kl", "entropy")
+READ += ("kl", "entropy", "diagnosis/unscored_share", RESAMPLED)
 
 
 class StepFault(FaultError):  # noqa: N818 - the house word for what ends a run
@@ -24,7 +25,8 @@ class Watched(TypedGRPOTrainer):
 
     Attributes:
         diagnosis: how often the same is said, and when to stop.
-        watch_state: {"first_entropy", "bad_in_a_row", "said": {finding: step}}; in the checkpoints.
+        watch_state: {"first_entropy", "bad_in_a_row", "said": {finding: step}, "latest": {metric: value}}; in the
+            checkpoints.
     """
 
     diagnosis: DiagnosisConfig
@@ -32,7 +34,7 @@ class Watched(TypedGRPOTrainer):
     _grad_norm: float | None = None
 
     def __init__(self, *positional, **named):
-        self.watch_state = {"first_entropy": None, "bad_in_a_row": 0, "said": {}}
+        self.watch_state = {"first_entropy": None, "bad_in_a_row": 0, "said": {}, "latest": {}}
         self._metrics_read: dict[str, int] = {}
         super().__init__(*positional, **named)
         self.add_callback(_StepEnd(self))
@@ -50,14 +52,18 @@ class Watched(TypedGRPOTrainer):
 
     def _figures(self) -> dict[str, float]:
         """What the step that is over added to the metrics; values of a generation stand for all steps fed by it."""
-        found = {}
-        for name in (*READ, "diagnosis/unscored_share"):
+        found = self.watch_state.setdefault("latest", {})
+        for name in READ:
             values = self._metrics["train"].get(name, [])
             start = self._metrics_read.get(name, 0)
             fresh = values[start if start <= len(values) else 0 :]  # a log clears them
             self._metrics_read[name] = len(values)
             if fresh:
-                found[name.replace("diagnosis/unscored_share", "unscored")] = sum(fresh) / len(fresh)
+                found[name] = sum(fresh) / len(fresh)
+        found = dict(found)
+        found["unscored"] = found.pop("diagnosis/unscored_share", 0.0)
+        if RESAMPLED in found:  # the logged share is that of the first draw
+            found["frac_reward_zero_std"] = found.pop(RESAMPLED)
         if self._grad_norm is not None:
             found["grad_norm"] = self._grad_norm
         if "entropy" in found and self.watch_state["first_entropy"] is None:

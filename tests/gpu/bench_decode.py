@@ -4,9 +4,11 @@
     python tests/gpu/bench_decode.py --shape 3b --arms slothrl,bitsandbytes
     python tests/gpu/bench_decode.py --shape 8b --rollout        # also 64 completions of 1,024 tokens after 504
     python tests/gpu/bench_decode.py --shape 8b --profile        # also where a step's time goes, kernel by kernel
+    python tests/gpu/bench_decode.py --shape 0.5b --sequences 1,2,4,8,16,24,32,48,64,96,128,192,256 --steps 64
 
 Random weights of the shape, LoRA r=16 on all linear layers, CUDA graphs, prompts of 512 tokens and 256 more: the time
-of a step is that of generating 257 tokens less that of generating one, over 256. "-no-lora" behind an arm: without.
+of a step is that of generating 257 tokens less that of generating one, over 256 (--steps). Behind an arm's name:
+"-no-lora", "-view" (slothrl only: from a 16-bit view of the base, LoRA folded in), "-fp8" (an FP8 KV cache).
 """
 
 from __future__ import annotations
@@ -23,34 +25,34 @@ import time
 from pathlib import Path
 from typing import Any
 
-SEQUENCES = (1, 16, 64, 128)
-PROMPT, STEPS, RANK = 512, 256, 16
+PROMPT, RANK = 512, 16
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-GRAPHS = [1, 2, 4, 8, 16, 32, 64, 128]
 
 
-def start(arm: str, folder: str, kv_gb: float):
+def start(arm: str, folder: str, kv_gb: float, sequences: list[int]):
     from random_nf4 import register_random_loader
 
     from slothrl import vllm_compat, vllm_linear
 
     vllm = vllm_compat.import_vllm()
-    base, _, without = arm.partition("-")
+    base, _, variant = arm.partition("-")
+    without = variant == "no-lora"
     arguments: dict[str, Any] = {
         "model": folder,
         "load_format": register_random_loader(),
         "dtype": "bfloat16",
         "max_model_len": 2048,
-        "max_num_seqs": 128,
+        "max_num_seqs": max(sequences),
         "kv_cache_memory_bytes": int(kv_gb * 2**30),
         "gpu_memory_utilization": 0.1,
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
-        "compilation_config": {"cudagraph_capture_sizes": GRAPHS},
+        "kv_cache_dtype": "fp8" if variant == "fp8" else "auto",
+        "compilation_config": {"cudagraph_capture_sizes": sequences},
     }
     if base == "slothrl":
         vllm_linear.register()
-        wanted = {"rank": RANK, "targets": [] if without else list(TARGETS)}
+        wanted = {"rank": RANK, "targets": [] if without else list(TARGETS), "view": variant == "view"}
         arguments |= {"quantization": vllm_linear.NF4, "additional_config": {"slothrl": wanted}}
     else:
         arguments |= {"quantization": "bitsandbytes"} if base == "bitsandbytes" else {}
@@ -66,6 +68,8 @@ def start(arm: str, folder: str, kv_gb: float):
     llm = vllm.LLM(**arguments)
     if not without:
         fill_lora(llm, base == "slothrl")
+    if variant == "view":
+        vllm_linear.fill_views(vllm_compat.model_of(llm))
     return llm
 
 
@@ -101,11 +105,11 @@ def fill_lora(llm, own: bool) -> None:
 
 def measure(options: argparse.Namespace, arms: list[str]) -> None:
     begin, arm, out = time.time(), options.arm, options.folder
-    llm = start(arm, str(out), options.kv)
+    llm = start(arm, str(out), options.kv, options.sequences)
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    request = None if arm.startswith("slothrl") or "-" in arm else LoRARequest("bench", 1, "/in-memory")
+    request = None if arm.startswith("slothrl") or "no-lora" in arm else LoRARequest("bench", 1, "/in-memory")
     vocabulary = llm.llm_engine.vllm_config.model_config.hf_config.vocab_size
 
     def seconds(count: int, tokens: int, prompt: int = PROMPT, same: int = 1) -> float:
@@ -124,10 +128,11 @@ def measure(options: argparse.Namespace, arms: list[str]) -> None:
         time.sleep(0.5)
     with (Path(tempfile.gettempdir()) / "bench_decode.turn").open("w") as turn:  # also of another shape's arms
         fcntl.flock(turn, fcntl.LOCK_EX)
-        for count in SEQUENCES:
+        for count in options.sequences:
             seconds(count, 8)
             one = statistics.median(seconds(count, 1) for _ in range(3))
-            found[f"{count}"] = (min(seconds(count, STEPS + 1) for _ in range(2)) - one) / STEPS * 1e3
+            steps = options.steps
+            found[f"{count}"] = (min(seconds(count, steps + 1) for _ in range(2)) - one) / steps * 1e3
             save(out, arm, found)
         found["prefill"] = 64 * PROMPT / min(seconds(64, 1) for _ in range(2))
         if options.rollout:
@@ -160,6 +165,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--arms", default="slothrl,bitsandbytes,bf16")
+    parser.add_argument("--sequences", type=lambda text: [int(n) for n in text.split(",")], default=[1, 16, 64, 128])
+    parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--kv", type=float, default=12.8, help="GiB of KV cache an arm")
     parser.add_argument("--rollout", action="store_true")
     parser.add_argument("--profile", action="store_true")
@@ -184,13 +191,14 @@ def main() -> None:
                 if process.poll() is not None:
                     (folder / f"{arm}.dead").touch()
             time.sleep(0.5)
-        print_table(options.shape, folder, arms)
+        print_table(options, folder, arms)
 
 
-def print_table(shape: str, folder: Path, arms: list[str]) -> None:
-    print(f"\n### {shape}, LoRA r={RANK}, context {PROMPT} to {PROMPT + STEPS}: ms a step by sequences\n")
-    print(f"| arm | {' | '.join(map(str, SEQUENCES))} | prefill, tokens/s | 64 x (504 + 1,024), s | start, s |")
-    print("|---" * (len(SEQUENCES) + 4) + "|")
+def print_table(options: argparse.Namespace, folder: Path, arms: list[str]) -> None:
+    shape, sequences = options.shape, options.sequences
+    print(f"\n### {shape}, LoRA r={RANK}, context {PROMPT} to {PROMPT + options.steps}: ms a step by sequences\n")
+    print(f"| arm | {' | '.join(map(str, sequences))} | prefill, tokens/s | 64 x (504 + 1,024), s | start, s |")
+    print("|---" * (len(sequences) + 4) + "|")
     for arm in arms:
         result = folder / f"{arm}.json"
         if not result.exists():
@@ -198,7 +206,7 @@ def print_table(shape: str, folder: Path, arms: list[str]) -> None:
             continue
         found = json.loads(result.read_text())
         missing = float("nan")
-        cells = [f"{found.get(str(count), missing):.2f}" for count in SEQUENCES]
+        cells = [f"{found.get(str(count), missing):.2f}" for count in sequences]
         cells += [f"{found.get('prefill', missing):,.0f}", f"{found.get('rollout', missing):.1f}"]
         print(f"| {arm} | {' | '.join(cells)} | {found['start']:.0f} |")
 

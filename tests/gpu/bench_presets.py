@@ -2,8 +2,8 @@
 
 The smaller card is emulated: a block is taken from this one, so that the driver reports as free what a card of the
 preset's size has, and torch may have no more than that leaves beside the context, vLLM's own buffers, its LoRA and its
-CUDA graphs (`torch.cuda.set_per_process_memory_fraction`). Random nf4 models that the presets are for, sequences of
-512 + 1,024 tokens.
+CUDA graphs (`torch.cuda.set_per_process_memory_fraction`). Random nf4 models that the presets are for, layers fused as
+in a run, sequences of 512 + 1,024 tokens.
 
     packed     an optimizer step of 24 completions by slothrl's trainer, which chooses its tokens a pack itself
     padded     one micro-batch of the preset's per_device_train_batch_size, packing=off
@@ -31,7 +31,7 @@ from slothrl.fit_memory import GRAPHS, VLLM_ADAPTER, Settings, around, held, pre
 from slothrl.fit_search import largest_budget
 from slothrl.fit_shape import Shape
 from slothrl.memory_phases import BASE
-from slothrl.token_budget import MOST_TOKENS
+from slothrl.token_bytes import MOST_TOKENS
 from tests.gpu.bench_fit import shape
 from tests.gpu.device_use import load_kernels, outside_torch, why_not_alone
 from tests.gpu.fit_models import PRESETS, TINY, config_of, random_nf4
@@ -104,8 +104,8 @@ def measure(preset: str, cpu: bool) -> str:
     card = card_of(counted, settings, config.gpu.memory_gb)
     block = None if cpu else emulate(card)
     prompt, completion = (8, 16) if cpu else (PROMPT, COMPLETION)
-    packed = Case("grpo", name, GROUP, prompt, completion, prompts=3)
-    padded = Case("grpo", name, 2 if cpu else settings.rows, prompt, completion, packed=False)
+    packed = Case("grpo", name, GROUP, prompt, completion, prompts=3, fused=True)
+    padded = Case("grpo", name, 2 if cpu else settings.rows, prompt, completion, packed=False, fused=True)
     cells = [preset, name, f"{card.total / 1e9:.2f}", f"{card.cap / 1e9:.2f}"]
     cells += [tried(case, model, device, card, block) for case in (packed, padded)]
     most, step = (64, 32) if cpu else (MOST_TOKENS, STEP)

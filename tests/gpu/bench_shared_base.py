@@ -1,7 +1,8 @@
 """What sharing one base costs and saves on a GPU: prints tables, one a command.
 
 python tests/gpu/bench_shared_base.py shape               # Llama-3-8B's shape, nf4: memory, push, sleep, probe
-python tests/gpu/bench_shared_base.py logprobs DIR ...    # sampled log-probs against the trainer's, real models
+python tests/gpu/bench_shared_base.py logprobs DIR ...    # sampled log-probs against the trainer's, real models,
+                                                           # by each way to generate (--arms, separated by ;)
 python tests/gpu/bench_shared_base.py stress              # 1,000 push / generate / train cycles
 python tests/gpu/bench_shared_base.py slope RUN           # memory over the steps of a finished run
 """
@@ -164,17 +165,27 @@ def _spread(found: list[float]) -> str:
 # --- log-probs of sampled tokens ------------------------------------------------------------------------------------
 
 
+NF4 = {"quantization": "bitsandbytes"}
+GENERATING: dict[str, dict] = {
+    "bf16, vLLM's layers": {"quantization": None, "linear": "vllm"},
+    "nf4, vLLM's bitsandbytes": {**NF4, "linear": "vllm"},
+    "nf4, our layers": {**NF4, "linear": "slothrl"},
+    "nf4, our layers, 16-bit view": {**NF4, "linear": "slothrl", "view": True, "sleep": False},
+    "nf4, our layers, FP8 KV cache": {**NF4, "linear": "slothrl", "kv_cache_dtype": "fp8"},
+}
+
+
 def logprobs(arguments: argparse.Namespace) -> None:
     rows = []
     for folder in arguments.folders:
-        for quantization in (None, "bitsandbytes"):
-            rows += _logprobs(folder, quantization)
+        for arm in arguments.arms.split(";"):
+            rows += _logprobs(folder, arm)
     show(rows)
 
 
-def _logprobs(folder: str, quantization: str | None) -> list[tuple[str, str]]:
+def _logprobs(folder: str, arm: str) -> list[tuple[str, str]]:
     options = {"max_model_len": 512, "max_num_seqs": 64, "kv_cache_gb": 1.0, "gpu_memory_utilization": 0.1}
-    engine, empty, adapter = start(folder, quantization, 16, enforce_eager=True, **options)
+    engine, empty, adapter = start(folder, rank=16, enforce_eager=True, **options, **GENERATING[arm])
     shared = SharedModel(engine.vllm_model, empty)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = get_peft_model(shared.model, adapter)
@@ -201,7 +212,7 @@ def _logprobs(folder: str, quantization: str | None) -> list[tuple[str, str]]:
                     expected = (logits.float() / temperature).log_softmax(-1).gather(-1, row[0, len(prompt) :, None])
                     gaps.append((expected[:, 0].cpu() - torch.tensor(sampled)).abs())
             gap = torch.cat(gaps)
-            name = f"{Path(folder).name}, {'nf4' if quantization else 'bf16'}, T={temperature}"
+            name = f"{Path(folder).name}, {arm}, T={temperature}"
             value = (
                 f"{gap.numel()} tokens: mean {gap.mean():.4f}, p99 {gap.quantile(0.99):.3f}, max {gap.max():.3f} nat"
             )
@@ -277,6 +288,7 @@ def main() -> None:
             command.add_argument("--kv", type=float, default=30.0, help="KV cache in GiB")
         if function is logprobs:
             command.add_argument("folders", nargs="+")
+            command.add_argument("--arms", default=";".join(GENERATING))
         if function is stress:
             command.add_argument("--cycles", type=int, default=1000)
             command.add_argument("--eager", action="store_true")

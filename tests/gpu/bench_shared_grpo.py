@@ -1,6 +1,8 @@
-"""GRPO over one shared base against two copies, three seeds each, side by side on one GPU: reward curves and memory.
+"""GRPO of two kinds, three seeds each, side by side on one GPU: reward curves and memory.
 
-python tests/gpu/bench_shared_grpo.py --model DIR --out DIR     # a checkpoint of about half a billion parameters
+python tests/gpu/bench_shared_grpo.py --model DIR --out DIR     # one shared base against two copies; DIR: a checkpoint
+                                                                # of about half a billion parameters
+python tests/gpu/bench_shared_grpo.py --model DIR --out DIR --compare linear    # our linear layers against vLLM's
 python tests/gpu/bench_shared_grpo.py --out DIR --long          # instead: one run of 500 steps, for its memory
 """
 
@@ -14,6 +16,11 @@ import sys
 from pathlib import Path
 
 SEEDS = (0, 1, 2)
+COLUMNS = "seed | before | after | reward, first 5 | last 5 | mean | log-prob gap | torch reserved, MB | s"
+KINDS = {
+    "base": {"one base": "rollout.share_base=always", "two copies": "rollout.share_base=never"},
+    "linear": {"our layers": "rollout.linear=slothrl", "vLLM's layers": "rollout.linear=vllm"},
+}
 COMMON = "rollout=vllm rollout.enforce_eager=true logger.samples=0 logger.progress=false"
 NF4 = "model.quantization=nf4 model.dtype=bfloat16"
 CURVES = """model=hub trainer.learning_rate=1e-4 trainer.lr_scheduler_type=linear trainer.warmup_steps=2
@@ -41,25 +48,23 @@ def metrics(folder: Path) -> list[dict]:
 
 def curves(arguments: argparse.Namespace) -> None:
     runs = []
-    for kind, share in (("shared", "always"), ("two", "never")):
+    for kind, override in KINDS[arguments.compare].items():
         for seed in SEEDS:
             line = f"{COMMON} {NF4} {CURVES} model.name={arguments.model} trainer.max_steps={arguments.steps or 40}"
-            folder = arguments.out / f"{kind}-{seed}"
-            runs.append((folder, start(folder, f"{line} rollout.share_base={share} seed={seed}")))
-    for folder, process in runs:
+            folder = arguments.out / f"{override.rpartition('=')[2]}-{seed}"
+            runs.append((kind, seed, folder, start(folder, f"{line} {override} seed={seed}")))
+    for _, _, folder, process in runs:
         print(folder.name, "ended with", process.wait(), flush=True)
-    print("| base | seed | before | after | reward, first 5 | last 5 | mean | log-prob gap | torch reserved, MB | s |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print(f"| {arguments.compare} | {COLUMNS} |\n{'|---' * 10}|")
     means: dict[str, list[float]] = {}
-    for folder, _ in runs:
+    for kind, seed, folder, _ in runs:
         summary = json.loads((folder / "summary.json").read_text())
         logged = metrics(folder)
         rewards = [m["reward"] for m in logged]
         gap = statistics.mean(m["sampling/sampling_logp_difference/mean"] for m in logged)
         reserved = max(m["memory/torch_reserved"] for m in logged) / 1e6
-        kind, _, seed = folder.name.partition("-")
         means.setdefault(kind, []).append(statistics.mean(rewards))
-        cells = [kind, seed, f"{summary['before']:.3f}", f"{summary['after']:.3f}"]
+        cells = [kind, str(seed), f"{summary['before']:.3f}", f"{summary['after']:.3f}"]
         cells += [f"{statistics.mean(part):.3f}" for part in (rewards[:5], rewards[-5:], rewards)]
         cells += [f"{gap:.4f}", f"{reserved:,.0f}", f"{summary['train_seconds']:.0f}"]
         print(f"| {' | '.join(cells)} |")
@@ -67,26 +72,25 @@ def curves(arguments: argparse.Namespace) -> None:
         print(
             f"{kind}: mean reward of a run {statistics.mean(values):.4f}, sd over seeds {statistics.stdev(values):.4f}"
         )
-    draw(arguments.out, [folder for folder, _ in runs])
+    draw(arguments.out / f"shared_{arguments.compare}_curves.png", [(kind, folder) for kind, _, folder, _ in runs])
 
 
-def draw(out: Path, folders: list[Path]) -> None:
+def draw(picture: Path, runs: list[tuple[str, Path]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
-    for folder in folders:
+    kinds = list(dict.fromkeys(kind for kind, _ in runs))
+    for kind, folder in runs:
         rewards = [m["reward"] for m in metrics(folder)]
         smooth = [statistics.mean(rewards[max(0, i - 4) : i + 1]) for i in range(len(rewards))]
-        shared = folder.name.startswith("shared")
-        label = ("one base" if shared else "two copies") if folder.name.endswith("-0") else None
-        axes.plot(smooth, color="tab:blue" if shared else "tab:orange", label=label)
+        axes.plot(smooth, color=f"C{kinds.index(kind)}", label=kind if folder.name.endswith("-0") else None)
     axes.set_xlabel("step")
     axes.set_ylabel("reward, mean of 5 steps")
     axes.legend()
-    figure.savefig(out / "shared_base_curves.png", dpi=110)
+    figure.savefig(picture, dpi=110)
 
 
 def long(arguments: argparse.Namespace) -> None:
@@ -103,6 +107,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, help="default 40, and 500 for --long")
+    parser.add_argument("--compare", choices=list(KINDS), default="base")
     parser.add_argument("--long", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
+from slothrl.fuse import fuse
 from slothrl.packed_batch import build_pack, pack_logprobs
 from slothrl.packed_model import packed_mode
 from slothrl.packing import Block, MicroBatch, Row
@@ -43,12 +44,16 @@ class PackedUpdate:
 
     Args:
         model: a base on its device; PEFT's layers are put into it.
+        fused: with our layers, as a run has them.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, fused: bool = True):
         self.model = get_peft_model(model, lora()).train()
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model.enable_input_require_grads()
+        if fused:
+            report = fuse(self.model)
+            assert report.fused, report.rows()
         self.device = next(self.model.parameters()).device
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in trained:

@@ -58,20 +58,28 @@ VLLM = ["rollout=vllm", "rollout.enforce_eager=true", "rollout.kv_cache_gb=1", "
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far two runs may be apart in a metric: |x - y| <= share x |y| + least."""
+    """How far two runs may be apart in a metric: |x - y| <= share x |y| + least.
+
+    In each of the first `steps` steps, or, with `mean`, in the mean over all of them.
+    """
 
     metric: str
     share: float
     least: float
+    steps: int = STEPS
+    mean: bool = False
 
     def check(self, found: list[dict], wanted: list[dict], where: str) -> None:
-        for mine, theirs in zip(found, wanted, strict=True):
-            if self.metric not in theirs:  # rewards come with a generation, and not every step has one
-                assert self.metric not in mine
-                continue
-            apart = abs(mine[self.metric] - theirs[self.metric])
-            room = self.share * abs(theirs[self.metric]) + self.least
-            assert apart <= room, f"{where}: step {mine['step']}, {self.metric} {apart:.2g} apart, not {room:.2g}"
+        mine, theirs = (self.values(run[: self.steps]) for run in (found, wanted))
+        assert mine.keys() == theirs.keys(), where  # rewards come with a generation, and not every step has one
+        if self.mean and mine:
+            mine, theirs = ({"all": sum(run.values()) / len(run)} for run in (mine, theirs))
+        for step, value in theirs.items():
+            apart, room = abs(mine[step] - value), self.share * abs(value) + self.least
+            assert apart <= room, f"{where}: step {step}, {self.metric} {apart:.2g} apart, not {room:.2g}"
+
+    def values(self, run: list[dict]) -> dict[int | str, float]:
+        return {line["step"]: line[self.metric] for line in run if self.metric in line}
 
 
 @pytest.fixture
@@ -156,8 +164,17 @@ def test_grpo_with_transformers(tmp_path, model, reward):
 
 
 def test_grpo_with_vllm_over_one_base(tmp_path, model, reward):
-    """bf16 rounds the likeliest tokens' logits by 1 %: a token may be another one, and what follows it."""
+    """The rest of the generation that was under way within 0.02; after it within what sampling gives, in the mean.
+
+    bf16 rounds the likeliest tokens' logits by 1 %: a token may be another one, and with it all that follows, and a
+    GRPO loss is a sum of advantages of what was sampled. Two runs of the same seed do not agree better, killed or not.
+    """
     pytest.importorskip("vllm")
-    tolerances = [Tolerance("loss", 0.0, 0.05), Tolerance("reward", 0.0, 0.15), Tolerance("entropy", 0.05, 0.0)]
+    tolerances = [
+        Tolerance("loss", 0.0, 0.02, steps=2),
+        Tolerance("loss", 0.0, 0.1, mean=True),
+        Tolerance("reward", 0.0, 0.15, mean=True),
+        Tolerance("entropy", 0.05, 0.0, mean=True),
+    ]
     print(compare(tmp_path, [*GRPO, *VLLM, *NF4, "rollout.share_base=always", model, reward], tolerances, 3))
     assert prompts(tmp_path / "killed") == prompts(tmp_path / "whole")

@@ -6,8 +6,9 @@ from slothrl_kernels import PackedLayout
 from test_fuse import IDS, adapted, assert_same, folders, step  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slothrl.activations import WORTH, Activations, _attention_share, keep_activations, release
+from slothrl.activations import Activations, keep_activations, release
 from slothrl.fuse import fuse
+from slothrl.kept_attention import WORTH
 from slothrl.offload import HostMemory
 
 
@@ -92,11 +93,14 @@ def test_auto_keeps_attention_where_it_is_much(folders):  # noqa: F811
     model = checkpointed(folders("llama"))
     assert "30% of the work" in keep_activations(model, "auto")[0][1]
     kept: Activations = vars(model)["_slothrl_activations"]
-    layer = kept.layers[0]
+    layer, sizes = kept.layers[0], kept.sizes
     weights = sum(m.in_features * m.out_features for m in layer.modules() if type(m) is torch.nn.Linear)
-    assert _attention_share(layer, 1000, 128) == pytest.approx(256000 / (256000 + 2 * weights))
-    assert _attention_share(layer, 8, 128) < WORTH < _attention_share(layer, 4096, 128)
+    assert (sizes.layers, sizes.width, sizes.weights, sizes.whole) == (2, 128, weights, False)
+    assert sizes.share(1000) == pytest.approx(256000 / (256000 + 2 * weights))
+    assert sizes.share(8) < WORTH < sizes.share(4096)
     assert kept._how_many(4096, 4096, torch.device("cpu")) == 0  # nothing is measured there
+    fuse(model)
+    assert kept.sizes.whole and kept.sizes.bytes > sizes.bytes  # q, k and v, too
 
 
 def test_a_pack_is_judged_by_its_longest_sequence(folders, monkeypatch):  # noqa: F811

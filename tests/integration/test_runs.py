@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from slothrl.train import main
+from tests.helpers import models_alive
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +76,9 @@ def assert_run(run: Path, metric: str, steps: int, curve: str) -> dict:
 
 
 def test_grpo(work, tiny_folders, capsys):
+    before = models_alive()
     assert main(tiny(tiny_folders["tiny"], *GRPO, "output_dir=run")) == 0
+    assert models_alive() <= before  # a sweep or a notebook goes on with all of the memory
     run = work / "run"
     summary = assert_run(run, "letters", 2, "reward_curve.png")
     scores = lines(run / "held_out.jsonl")
@@ -110,7 +113,9 @@ def test_a_loss_of_ones_own_over_padded_rows(work, tiny_folders, capsys):
 
 def test_sft(work, tiny_folders, capsys):
     arguments = ["algo=sft", "output_dir=run", "trainer.learning_rate=0.01", "trainer.max_steps=4"]
+    before = models_alive()
     assert main(tiny(tiny_folders["tiny"], *arguments)) == 0
+    assert models_alive() <= before
     assert_run(work / "run", "exact_match", 4, "loss_curve.png")
     losses = [line["eval_loss"] for line in lines(work / "run" / "held_out.jsonl") if "eval_loss" in line]
     assert len(losses) == 2

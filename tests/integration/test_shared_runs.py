@@ -11,6 +11,7 @@ from transformers import BitsAndBytesConfig
 
 from slothrl.shared_model import empty_model
 from tests.families import make_checkpoint
+from tests.helpers import models_alive
 
 pytestmark = [
     pytest.mark.vllm,
@@ -52,8 +53,9 @@ def go(tmp_path):
     def call(*overrides: str):
         output = tmp_path / "run"
         output.mkdir()
-        console = Console(record=True, width=200)
+        console, before = Console(record=True, width=200), models_alive()
         run(compose_config([*SMALL, *own, *overrides]), output, console=console)
+        assert models_alive() <= before  # the engine too
         logged = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         return console.export_text(), [line for line in logged if "reward" in line], output
 

@@ -1,12 +1,17 @@
 """Advantages of one's own, groups sampled again, the reference refreshed, and what is said about steps gone wrong."""
 
+import math
+import re
+
 import pytest
 import torch
-from equality import FixedEngine, arguments, characters, lora_model, train, trainer
+from equality import MAX_COMPLETION, FixedEngine, arguments, characters, lora_model, train, trainer
+from transformers import TrainerCallback
 
 from slothrl.advantages import reinforce_pp_advantages
 from slothrl.algorithm import Algorithm
 from slothrl.config import DiagnosisConfig, DynamicSamplingConfig
+from slothrl.engine import Rollout
 from slothrl.trainers.batches import replace_rows
 from slothrl.trainers.grpo import GRPOTrainer
 from slothrl.trainers.reference import add_reference, refresh_reference
@@ -174,3 +179,83 @@ def test_a_run_that_only_goes_wrong_is_ended(tmp_path):
     with pytest.raises(StepFault, match=r"2 steps in a row went wrong \(diagnosis.stop_after\); in step 4 no reward"):
         one.train()
     assert one.state.global_step == 4
+
+
+def test_groups_that_were_drawn_again_are_no_fault(tmp_path, capsys):
+    """All equal in the first draw of every step, and none in the second."""
+    reward = dull_at(*((call, slice(0, 8)) for call in (1, 3, 5)))
+    named = {"dynamic_sampling": DynamicSamplingConfig(max_resamples=2), "diagnosis": DiagnosisConfig(stop_after=1)}
+    _, logs = train(made(tmp_path, reward, max_steps=3, named=named))
+    assert [log["frac_reward_zero_std"] for log in logs] == [1.0] * 3
+    assert [log["dynamic_sampling/share_without_signal"] for log in logs] == [0.0] * 3
+    assert [log["diagnosis/equal_rewards"] for log in logs] == [0.0] * 3
+    assert "warning: step" not in capsys.readouterr().out
+
+
+def test_a_generation_that_feeds_two_steps_is_judged_in_both(tmp_path):
+    """Cut off from end to end, but with a gradient: the second step generates nothing, and is as bad."""
+    fields = {"max_steps": 8, "per_device_train_batch_size": 4, "steps_per_generation": 2}
+    args, diagnosis = arguments(tmp_path, **fields), DiagnosisConfig(stop_after=3)
+    one = trainer(GRPOTrainer, args, engine=Faulty("all_truncated"), diagnosis=diagnosis)
+    with pytest.raises(StepFault, match=r"3 steps in a row went wrong .* in step 3 all completions were cut off"):
+        one.train()
+    assert [log["diagnosis/all_truncated"] for log in one.state.log_history if "loss" in log][:2] == [1.0, 1.0]
+
+
+# --- each fault, put into a run -------------------------------------------------------------------------------------
+
+
+class Faulty(FixedEngine):
+    """Completions that never end, or that the engine claims to have been nearly certain of."""
+
+    def __init__(self, fault):
+        super().__init__("vllm" if fault == "ratio_collapsed" else "transformers")
+        self.fault = fault
+
+    def generate(self, prompt_ids, sampling):
+        rollout = super().generate(prompt_ids, sampling)
+        if self.fault == "all_truncated":
+            endless = [[5 + (place + i) % 50 for i in range(MAX_COMPLETION)] for place in range(len(prompt_ids))]
+            return Rollout(endless, None)
+        if self.fault == "ratio_collapsed":
+            return Rollout(rollout.completion_ids, [[-0.01] * len(ids) for ids in rollout.completion_ids])
+        return rollout
+
+
+class Sharpen(TrainerCallback):
+    """Makes the policy sure of everything, at the start or after the first step."""
+
+    def __init__(self, step: int, factor: float):
+        self.step, self.factor = step, factor
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            model.get_base_model().lm_head.weight.data.mul_(self.factor)
+
+
+FAULTS = {
+    "all_truncated": ({"mask_truncated_completions": True}, "cut off at the length limit", "max_completion_length"),
+    "ratio_collapsed": ({}, r"mean importance ratio is 0\.0", "vllm_importance_sampling_mode=token_truncate"),
+    "kl_exploding": ({"beta": 0.001, "learning_rate": 1.0}, "nat a token: the policy has left it", "trainer.beta"),
+    "entropy_collapsing": ({}, r"entropy fell from \d\.\d+ to 0\.0", "trainer.temperature higher"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_said_counted_and_ends_the_run(fault, tmp_path, capsys):
+    fields, text, knob = FAULTS[fault]
+    args = arguments(tmp_path, max_steps=6, **fields)
+    one = trainer(GRPOTrainer, args, engine=Faulty(fault), diagnosis=DiagnosisConfig(stop_after=2))
+    if fault == "kl_exploding":  # small changes of the adapter are large ones then
+        one.add_callback(Sharpen(step=0, factor=50.0))
+    if fault == "entropy_collapsing":
+        one.add_callback(Sharpen(step=1, factor=1000.0))
+    with pytest.raises(StepFault, match=r"2 steps in a row went wrong \(diagnosis.stop_after\)"):
+        one.train()
+    (said, *_) = [line for line in capsys.readouterr().out.splitlines() if re.search(text, line)]
+    assert said.startswith("warning: step ") and knob in said
+    logs = [log for log in one.state.log_history if "loss" in log]
+    assert [log["diagnosis/" + fault] for log in logs][-1] == 1.0
+    assert all(math.isfinite(value) for log in logs for value in log.values())
+    if fault == "all_truncated":  # with its tokens masked there is no loss either, and that is said too
+        assert {(log["loss"], log["grad_norm"], log["diagnosis/no_gradient"]) for log in logs} == {(0.0, 0.0, 1.0)}

@@ -10,6 +10,7 @@ from trl import GRPOConfig
 
 from slothrl import GRPOTrainer
 from slothrl.checkpoint import checkpoints, files_of, step_of
+from slothrl.flat_adamw import FlatAdamW8bit
 from tests.helpers import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,19 +48,22 @@ def weights(made: GRPOTrainer) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in made.model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_resume_is_exact(kind, tmp_path, capsys):
-    model = MODELS[kind]()
-    first = trainer(copy.deepcopy(model), tmp_path)
+@pytest.mark.parametrize("kind, optim", [*((kind, "adamw_torch") for kind in MODELS), ("wide model", "adamw_8bit")])
+def test_resume_is_exact(kind, optim, tmp_path, capsys):
+    model = tiny_model(len(TOKENIZER), hidden=64) if kind == "wide model" else MODELS[kind]()
+    first = trainer(copy.deepcopy(model), tmp_path, optim=optim)
     first.train()
     wanted = weights(first)
+    if optim == "adamw_8bit":
+        assert type(first.optimizer.optimizer) is FlatAdamW8bit
+        assert any(state["state1"].dtype == torch.uint8 for state in first.optimizer.state.values())
     assert all(path.suffix in (".json", ".safetensors") for path in files_of(checkpoints(tmp_path)[0]))
     if kind == "trained adapter":
         assert "ref" in first.model.peft_config
         assert (tmp_path / "checkpoint-2" / "ref" / "adapter_model.safetensors").exists()
     for path in checkpoints(tmp_path)[:2]:  # 4 and 3: neither can be used
         (path / "manifest.json").unlink()
-    second = trainer(copy.deepcopy(model), tmp_path)
+    second = trainer(copy.deepcopy(model), tmp_path, optim=optim)
     second.train(resume_from_checkpoint=True)
     assert "skipped checkpoint-4: it has no manifest.json" in capsys.readouterr().out
     found = weights(second)

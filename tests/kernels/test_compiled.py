@@ -2,10 +2,11 @@
 
 import os
 import re
+import subprocess
 
 import pytest
 from slothrl_kernels import HAS_TRITON
-from slothrl_kernels.nf4_config import DEFAULTS
+from slothrl_kernels.nf4_config import DEFAULTS, Nf4Config
 
 pytestmark = [
     pytest.mark.skipif(not HAS_TRITON, reason="no Triton"),
@@ -15,14 +16,14 @@ CONSUMER_SHARED_MEMORY = 99 << 10
 
 
 def compile_kernel(kernel, pointers, integers, constants, capability, **options):
-    """pointers: name -> type; integers: int32 arguments. All are multiples of 16 but M, splits and counts."""
+    """pointers: name -> type; integers: int32 arguments. All are multiples of 16 but M, splits, turns and counts."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     types = {**pointers, **dict.fromkeys(integers, "i32")}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    even = [name for name in types if name not in ("M", "splits")]
+    even = [name for name in types if name not in ("M", "splits", "ahead", "turns")]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in even}
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -50,29 +51,80 @@ def test_dequantisation_is_words_in_and_vectors_out(inner):
     assert instructions(compiled, r"fma\.") == 0  # code * absmax + offset is two roundings
 
 
+def compile_gemm(config, capability, **constants):
+    """With a LoRA, bias and splits; nested absmax unless constants say otherwise."""
+    import triton.language as tl
+    from slothrl_kernels.nf4_matmul_kernels import nf4_gemm_kernel
+
+    pointers = dict.fromkeys(("code", "inner_code", "inner_absmax", "offset", "partials"), "*fp32")
+    pointers |= {"absmax": "*u8", "arrived": "*i32", "packed": "*i16", "ends": "*i32"}
+    pointers |= dict.fromkeys(("x", "bias", "y", "xa", "lora_b"), "*bf16")
+    known = {"DTYPE": tl.bfloat16, "CHUNKS_A_BLOCK": 1, "INNER_BLOCKSIZE": 256, "HAS_BIAS": True, "PTX": True}
+    known |= {"RANK": 16, "SLICES": 3, "BLOCK_N": config.block_n, "SPLIT": True, "CHUNKS": config.chunks}
+    known |= {"INTERPRETED": False, "BLOCK_M": config.block_m, "PARTS": config.parts}
+    known |= {"EARLY": capability >= 90} | constants
+    if not known["INNER_BLOCKSIZE"]:
+        pointers["absmax"] = "*fp32"
+    integers = ["M", "N", "K", "row_chunks", "splits", "row_units", "ahead", "turns"]
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    if config.registers:
+        options["maxnreg"] = config.registers
+    return compile_kernel(nf4_gemm_kernel, pointers, integers, known, capability, **options)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("right", [0, 48])
+def test_a_group_is_unpacked_as_one_is(right, capability):
+    """The compiler merges the three weights' branches: the code of one, with 16-byte stores; nothing spilled."""
+    from slothrl_kernels.nf4_group import ROWS, unpack_group_kernel
+
+    names = [name for name in unpack_group_kernel.arg_names if not name.isupper()]
+    memory = ("packed", "absmax", "code", "inner", "offset", "b_", "out")
+    pointers = {n: "*bf16" if n.startswith(("b_", "out")) else "*fp32" for n in names if n.startswith(memory)}
+    integers = [n for n in names if n not in pointers]
+    pointers |= dict.fromkeys((f"packed_{i}" for i in range(3)), "*i32")
+    pointers |= dict.fromkeys((f"absmax_{i}" for i in range(3)), "*u8")
+    constants = {"BLOCKSIZE": 64, "INNER_BLOCKSIZE": 256, "WORDS": 256, "REPEAT": 4, "ROWS": ROWS}
+    constants["RIGHT"] = 64 if right else 0
+    compiled = compile_kernel(
+        unpack_group_kernel, pointers, integers, constants, capability, num_warps=8, enable_fp_fusion=False
+    )
+    vectors = instructions(compiled, r"st\.global\.v4\.b32")
+    assert vectors == instructions(compiled, r"st\.global") == (6 if right else 4)
+    assert instructions(compiled, r"fma\.") == instructions(compiled, r"\.local") == compiled.metadata.shared == 0
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("rows", [16, 64, 128])
 def test_default_gemms_fit_a_consumer_card(rows, capability):
     """Shared memory within 99 KiB with everything on; codes by byte permutes; W only ever in registers."""
-    import triton.language as tl
-    from slothrl_kernels.nf4_matmul_kernels import nf4_gemm_kernel
-
     config = DEFAULTS[rows]
-    pointers = dict.fromkeys(("code", "inner_code", "inner_absmax", "offset", "partials"), "*fp32")
-    pointers |= {"absmax": "*u8", "arrived": "*i32", "packed": "*i16", "ends": "*i32"}
-    pointers |= dict.fromkeys(("x", "bias", "y", "xa", "lora_b"), "*bf16")
-    constants = {"DTYPE": tl.bfloat16, "CHUNKS_A_BLOCK": 1, "INNER_BLOCKSIZE": 256, "HAS_BIAS": True, "PTX": True}
-    constants |= {"RANK": 16, "SLICES": 3, "BLOCK_N": config.block_n, "SPLIT": True, "CHUNKS": config.chunks}
-    constants |= {"INTERPRETED": False, "BLOCK_M": config.block_m}
-    integers = ["M", "N", "K", "row_chunks", "splits", "row_units"]
-    options = {"num_warps": config.warps, "num_stages": config.stages}
-    if config.registers:
-        options["maxnreg"] = config.registers
-    compiled = compile_kernel(nf4_gemm_kernel, pointers, integers, constants, capability, **options)
+    compiled = compile_gemm(config, capability)
     assert compiled.metadata.shared <= CONSUMER_SHARED_MEMORY
     assert instructions(compiled, r"lop3\.b32 high, over, under, mask") > 0
     hopper = capability == 90 and config.warps >= 4 and config.block_n >= 64
     assert instructions(compiled, r"wgmma\.mma_async" if hopper else r"mma\.sync") > 0
+    # Hopper's GEMM starts early: W is asked for, then the inputs are waited for, and nothing is read before.
+    text = compiled.asm["ptx"]
+    assert ("griddepcontrol.wait" in text) == ("cp.async.bulk.prefetch.L2" in text) == (capability == 90)
+    if capability == 90:
+        places = [text.index(name) for name in ("cp.async.bulk.prefetch.L2", "griddepcontrol.wait", "cp.async.c")]
+        assert places == sorted(places)
+        assert not re.search(r"(ld|st|atom|red)\.[a-z.]*global", text[: places[1]])
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_multiplications_are_under_way_together(parts, tmp_path):
+    """ptxas makes Hopper's multiplications wait for each other, one by one, where sums run on into the next turn."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    config = Nf4Config(64, 64, 2, 4, 3, parts=parts)
+    compiled = compile_gemm(config, 90, INNER_BLOCKSIZE=0)
+    source = tmp_path / "gemm.ptx"
+    source.write_text(compiled.asm["ptx"])
+    command = [get_ptxas(90).path, "-v", "--gpu-name", "sm_90a", str(source), "-o", str(tmp_path / "cubin")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "serialized" not in said and "0 bytes spill stores" in said
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -81,9 +133,11 @@ def test_inputs_of_the_gemm_compile(capability):
 
     pointers = dict.fromkeys(("x", "ordered", "a", "xa"), "*bf16") | {"partials": "*fp32", "arrived": "*i32"}
     constants = {"INTERPRETED": False, "BLOCK_M": 64, "BLOCK_N": 64, "GROUP": 256, "SPLIT": True, "HAS_A": True}
+    constants["EARLY"] = capability >= 90
     options = {"num_warps": 4, "num_stages": 2}
     compiled = compile_kernel(nf4_inputs_kernel, pointers, ("M", "N", "K", "splits"), constants, capability, **options)
     assert compiled.metadata.shared <= CONSUMER_SHARED_MEMORY
+    assert ("griddepcontrol.launch_dependents" in compiled.asm["ptx"]) == (capability == 90)
 
 
 @pytest.mark.parametrize("activation", [0, 1, 2], ids=["silu", "gelu", "gelu_tanh"])

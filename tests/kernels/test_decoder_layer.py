@@ -77,11 +77,12 @@ def test_projections_in_one_and_no_rotation():
 
 def test_many_tokens_hold_the_unpacked_weights(monkeypatch):
     """From HOLD times the width on, each weight is unpacked twice: for the forward, and for what follows."""
-    import slothrl_kernels.lora_group as module
+    from slothrl_kernels import lora_group, nf4_group
 
     tensors, weights = case("nf4", tokens=(1, HOLD * 64))
-    count, dense = [], module.dense
-    monkeypatch.setattr(module, "dense", lambda *a, **k: count.append(1) or dense(*a, **k))
+    count, dense = [], lora_group.dense
+    for module in (lora_group, nf4_group):
+        monkeypatch.setattr(module, "dense", lambda *a, **k: count.append(1) or dense(*a, **k))
     ours, truth = called(decoder_layer, weights), called(decoder_layer_reference, weights)
     budget_of(ours, truth, tensors, wanted_of(tensors), [values(1, HOLD * 64, 64, seed=20)])
     assert len(count) == 7 + 8  # o forward again, and its gradient

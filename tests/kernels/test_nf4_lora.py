@@ -1,5 +1,8 @@
 """The nf4 GEMM with a LoRA in it, under an error budget against float64."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from slothrl_kernels import LoraDelta, nf4_lora_matmul, nf4_lora_matmul_reference
@@ -67,6 +70,18 @@ def test_many_rows_and_leading_dimensions(kernel_device):
     torch.testing.assert_close(whole.view(260, 32), nf4_lora_matmul_reference(x, weight, lora, bias))
     few = nf4_lora_matmul(x[:6].view(2, 3, 64), weight, lora, bias, "triton")
     torch.testing.assert_close(few.view(6, 32), whole.view(260, 32)[:6], rtol=1e-2, atol=1e-2)
+
+
+def test_trials_refuse_wrong_results(kernel_device):
+    """What a launch costs is asked of a right one only."""
+    from slothrl_kernels.nf4_config import Nf4Config
+    from slothrl_kernels.nf4_tuning import Trial, cold_weights
+
+    trial = Trial.of(3, cold_weights(16, 128, kernel_device, copies=2))
+    config = trial.complete(Nf4Config(16, 16, 2, parts=1))
+    assert trial.microseconds(config, timer=lambda call, copies: call(copies - 1).shape[1] + copies) == 18
+    wrong = replace(trial, exact=trial.exact.roll(1, 0))
+    assert math.isinf(wrong.microseconds(config, timer=lambda *_: 1.0))
 
 
 def test_operator_keeps_torchs_rules():

@@ -12,7 +12,8 @@ from tests.kernels.nf4_cases import quantized
 
 # Relative to the largest value, on top of the reference's own error: what codes in float16 move.
 TOLERANCE = {torch.bfloat16: 2**-9, torch.float16: 2**-11}
-SMALL, WIDE, NARROW = Nf4Config(16, 32, 2), Nf4Config(16, 32, 4), Nf4Config(32, 16, 1)
+SMALL, WIDE = Nf4Config(16, 32, 2), Nf4Config(16, 32, 4, parts=1, apart=1)
+NARROW = Nf4Config(32, 16, 1, parts=2, apart=1)
 
 
 def check_budget(x, weight, bias, config=None):

@@ -66,6 +66,7 @@ def test_each_failure_is_named_alone_with_its_knob(curves, text, knob):
         {"kl": lambda x: 0.3 * x},
         {"sampling__importance_sampling_ratio__mean": 1.02, "sampling__sampling_logp_difference__mean": 0.03},
         {"rewards__f__status__ok": 7.0, "rewards__f__status__nan": 1.0},  # the function does not apply: no failure
+        {"frac_reward_zero_std": 0.9, "dynamic_sampling__share_without_signal": 0.1},  # they were drawn again
         # A solved task: no signal and no entropy are what is left to see.
         {
             "reward": lambda x: min(1.0, 2 * x),

@@ -30,9 +30,9 @@ def test_presets_and_overrides():
 def test_packs_and_layers():
     found = settings("packing.tokens_per_micro_batch=3000", "packing.shared_prefix=never", "model.fuse=on")
     assert (found.packs, found.tokens, found.shared_prefix) == (True, 3000, "never")
-    assert (found.completions, found.group, found.fused, found.offload) == (64, 8, True, False)
+    assert (found.completions, found.group, found.fused, found.activations) == (64, 8, True, "auto")
     assert not settings("packing=off").packs and not settings("algo=sft").packs
-    assert settings("model.fuse=auto", "model.activations=offload").offload
+    assert settings("model.fuse=auto", "model.activations=offload").route.offload and not found.route.offload
     assert settings("model.fuse=auto").fused and settings().fused and not settings("model.fuse=off").fused
 
 

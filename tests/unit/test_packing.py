@@ -7,11 +7,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, Qwen3Config
 
-from slothrl.activations import attention_bytes, keep_activations
+from slothrl.activations import keep_activations, reserved_for_attention
 from slothrl.fuse import fuse
 from slothrl.packed_batch import build_pack, rows_to_pack
 from slothrl.packing import Block, Row, plan_micro_batches, sharing_pays, useful_tokens
-from slothrl.token_budget import bytes_per_token, bytes_to_come, token_budget, tokens_that_fit
+from slothrl.token_budget import token_budget
+from slothrl.token_bytes import bytes_per_token, bytes_to_come, tokens_that_fit
 from tests.helpers import tiny_model
 
 
@@ -147,9 +148,9 @@ def test_the_budget_follows_free_memory():
 def test_the_budget_leaves_room_for_gradients_and_moments_that_are_to_come():
     model = torch.nn.Sequential(torch.nn.Linear(3, 5, bias=False), torch.nn.Linear(5, 7))
     model[0].requires_grad_(False)
-    assert bytes_to_come(model) == 3 * 4 * (5 * 7 + 7)
+    assert bytes_to_come(model.parameters()) == 3 * 4 * (5 * 7 + 7)
     model[1](torch.ones(1, 5)).sum().backward()
-    assert bytes_to_come(model) == 0
+    assert bytes_to_come(model.parameters()) == 0
 
 
 def test_attention_that_is_kept_takes_its_share_of_the_budget():
@@ -166,14 +167,16 @@ def test_attention_that_is_kept_takes_its_share_of_the_budget():
 
 def test_what_is_kept_of_attention_is_counted_by_the_policy():
     model = tiny_model(128)  # 2 layers, 4 heads of 16
-    assert attention_bytes(model, 1000) == 0
-    for policy, wanted in {"attention": 2 * (2 * 64 + 4 * 4), "offload": 0, "auto": 0}.items():  # auto: on a GPU
+    assert reserved_for_attention(model, 1000, 1 << 30) == 0
+    # auto: 1,000 tokens of these layers are half attention.
+    for policy, wanted in {"attention": 2 * (2 * 64 + 4 * 4), "offload": 0, "auto": 2 * (2 * 64 + 4 * 4)}.items():
         keep_activations(model, policy)
-        assert attention_bytes(model, 1000) == wanted
+        assert reserved_for_attention(model, 1000, 1 << 30) == wanted
+    assert reserved_for_attention(model, 1000, 2 * 144_000) == 2 * 64 + 4 * 4  # half of that is one layer's
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
     fuse(model)
     keep_activations(model, "attention")  # a layer that is one step keeps q, k and v too: 4 and 2 x 2 heads of 16
-    assert attention_bytes(model, 1000) == 2 * (2 * (64 + 64 + 2 * 32) + 4 * 4)
+    assert reserved_for_attention(model, 1000, 1 << 30) == 2 * (2 * (64 + 64 + 2 * 32) + 4 * 4)
 
 
 def test_long_completions_stay_under_16_gb_beyond_the_cache():

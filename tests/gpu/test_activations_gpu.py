@@ -1,0 +1,82 @@
+"""What checkpointed layers keep, on a GPU: the same gradients, and the memory that it takes and frees."""
+
+import pytest
+import torch
+from test_fuse_gpu import adapted, step
+
+from slothrl.activations import keep_activations
+from slothrl.fuse import fuse
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("policy", ["attention", "offload", "both", "auto"])
+def test_what_checkpointed_layers_keep(policy):
+    """The same gradients: kept attention is not run again; inputs leave the device and come back as they were."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Attentions(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            self.count += "attention" in str(operation) and "backward" not in str(operation)
+            return operation(*args, **(kwargs or {}))
+
+    model = adapted("0.6b, 4 layers")
+    ids = torch.randint(0, 8192, (2, 2000), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    fuse(model)
+    step(model, ids)
+    plain, again = step(model, ids), step(model, ids)
+    keep_activations(model, policy)
+    for _ in range(3):  # memory of the host and of both streams is used again
+        kept = step(model, ids)
+    noise = max((again[1][n] - g).norm() / g.norm() for n, g in plain[1].items())
+    assert kept[0] == pytest.approx(plain[0], rel=1e-6)
+    assert all((kept[1][n] - g).norm() <= (3 * noise + 1e-6) * g.norm() for n, g in plain[1].items())
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    with Attentions() as seen:
+        loss.backward()
+    assert seen.count == (4 if policy == "offload" else 0)
+
+
+def test_offloading_frees_the_layer_inputs():
+    """Between forward and backward the inputs of all layers but the last are gone, and but the embeddings, a leaf."""
+    model = adapted("0.6b, 4 layers")
+    ids = torch.randint(0, 8192, (1, 4096), device="cuda")
+    held = {}
+    for policy in ("layer", "offload"):
+        keep_activations(model, policy)
+        for _ in range(2):
+            with torch.autocast("cuda", torch.bfloat16):
+                hidden = model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
+            torch.cuda.synchronize()
+            torch.empty(1, device="cuda")  # the allocator takes note of copies that are done
+            held[policy] = torch.cuda.memory_allocated()
+            hidden.sum().backward()
+            del hidden
+            model.zero_grad(set_to_none=True)
+    assert held["layer"] - held["offload"] >= 2 * 4096 * 1024 * 2
+
+
+def test_auto_keeps_attention_where_memory_is_plenty():
+    """All four whole layers do, far below the length at which attention is much of the work; as many bytes as said."""
+    model = adapted("0.6b, 4 layers")
+    ids = torch.randint(0, 8192, (1, 4096), device="cuda")
+    fuse(model)
+    held = {}
+    for policy in ("layer", "auto"):
+        keep_activations(model, policy)
+        for _ in range(2):
+            with torch.autocast("cuda", torch.bfloat16):
+                hidden = model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
+            held[policy] = torch.cuda.memory_allocated()
+            hidden.sum().backward()
+            del hidden
+            model.zero_grad(set_to_none=True)
+    kept = vars(model)["_slothrl_activations"]
+    assert kept.sizes.whole and kept.attending == 4
+    assert 0.8 <= (held["auto"] - held["layer"]) / (4 * 4096 * kept.sizes.bytes) <= 1.3

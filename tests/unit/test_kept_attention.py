@@ -1,0 +1,110 @@
+"""In how many layers attention is kept, from given bytes; and that the memory prediction knows it."""
+
+from dataclasses import replace
+
+import pytest
+from test_fit import shape
+
+from slothrl.fit_activations import MicroBatch, Route, activation_peak, kept_attention_bytes
+from slothrl.fit_batch import attending_layers, sizes, text_config
+from slothrl.fit_constants import card_bytes
+from slothrl.fit_memory import Settings, largest_micro_batch, predict
+from slothrl.fit_terms import adapter_bytes
+from slothrl.kept_attention import AttentionSizes, layers_that_keep, reserved_bytes
+from slothrl.token_bytes import left_beside, left_of_light, tokens_that_fit
+from tests.gpu.fit_models import config_of
+from tests.traced import traced_peak
+
+GB = 10**9
+# Llama-3-8B: 218M weights a layer; fused it keeps 4,096 of the output and 6,144 of q, k and v.
+MODULES = AttentionSizes(32, 4096, 32, 218_103_808, 4096, whole=False)
+WHOLE = replace(MODULES, numbers=10_240, whole=True)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return shape(config_of("Llama-3-8B"))
+
+
+def test_sizes_by_hand():
+    assert (MODULES.bytes, WHOLE.bytes) == (2 * 4096 + 128, 20_608)
+    assert MODULES.share(24_576) == pytest.approx(0.316, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("policy", "given", "reach", "gigabytes", "layers"),
+    [
+        ("auto", WHOLE, 2048, (70, 45, 9), 32),  # all of them: 5.8 GB
+        ("auto", WHOLE, 2048, (20, 15, 9), 27),  # a quarter of 20
+        ("auto", WHOLE, 2048, (70, 2, 9), 11),  # no more than the micro-batch leaves
+        ("auto", WHOLE, 2048, (70, 45, 3), 16),  # nor beyond the size of a large one
+        ("auto", WHOLE, 2048, (20, 0, 9), 0),
+        ("auto", MODULES, 2048, (70, 45, 9), 0),  # saving takes longer than it spares
+        ("auto", MODULES, 24_576, (20, 15, 0), 32),  # 2.3 GB, worth half of the memory
+        ("attention", MODULES, 2048, (4, 3, 0), 27),
+        ("attention", WHOLE, 2048, (4, 3, 0), 11),
+        ("both", WHOLE, 2048, (8, 1, 0), 5),
+        ("layer", WHOLE, 99_999, (70, 70, 70), 0),
+        ("offload", WHOLE, 99_999, (70, 70, 70), 0),
+    ],
+)
+def test_layers_from_given_bytes(policy, given, reach, gigabytes, layers):
+    """A forward of 8,688 tokens: 72 MB a layer of modules, 179 MB a whole one."""
+    free, left, light = (GB * count for count in gigabytes)
+    assert layers_that_keep(policy, given, 8688, reach, free, left, light) == layers
+
+
+def test_what_auto_keeps_lowers_no_budget(llama):
+    """On cards of 12 to 80 GB: as many tokens as without, and where they fill a micro-batch nothing is kept."""
+    config = text_config(llama)
+    for gb in (12, 24, 80):
+        free = gb * GB - 7 * GB
+        tokens = tokens_that_fit(free, config, True)
+        assert reserved_bytes("auto", WHOLE, min(tokens, 20_000), free) == 0
+        left = left_beside(free, config, tokens)
+        assert layers_that_keep("auto", WHOLE, tokens, 1528, free, left, left_of_light(config, tokens)) == 0
+        assert (left > 20 * GB) is (gb == 80)
+    # Of a group of 8 completions all layers keep it on a large card; of an 8B model's 20,480 tokens none does.
+    assert left_of_light(config, 8688) == (20_480 - 8688) * 557_056
+    assert left_of_light(config, 20_983) == 0
+
+
+def test_fit_decides_as_the_trainer_does(llama):
+    settings = Settings(completions=8, prompt=504, completion=1024, engine="transformers", fused=True)
+    assert sizes(llama, settings) == WHOLE
+    assert sizes(llama, replace(settings, fused=False)) == MODULES
+    total = card_bytes(80)
+    batch = largest_micro_batch(llama, settings, total)
+    assert attending_layers(llama, batch, settings, 70 * GB) == 0  # the default here: layer
+    auto = replace(settings, activations="auto")
+    assert largest_micro_batch(llama, auto, total) == batch
+    assert attending_layers(llama, batch, auto, 70 * GB) == 32
+    assert attending_layers(llama, batch, replace(auto, cuda=False), 70 * GB) == 0
+    assert attending_layers(llama, batch, replace(auto, checkpointing=False), 70 * GB) == 0
+    more = predict(llama, auto, total)[-1].total - predict(llama, settings, total)[-1].total
+    assert more == 31 * batch.tokens * WHOLE.bytes  # the last layer's are there while it is computed again
+    # Half of what is free for what was asked for, which then is missing for tokens.
+    small = card_bytes(12)
+    asked = replace(settings, activations="attention")
+    assert largest_micro_batch(llama, asked, small).tokens < largest_micro_batch(llama, settings, small).tokens
+
+
+def test_some_layers_and_norms_of_heads(llama):
+    batch = MicroBatch(1000, 1000, 0)
+    assert kept_attention_bytes(llama, batch, Route(attending=5)) == 5 * 1000 * MODULES.bytes
+    qwen = replace(llama, head_norms=True)  # before their norms, too
+    assert kept_attention_bytes(qwen, batch, Route(fused=True, attending=1)) == 1000 * (2 * 16_384 + 128)
+    gemma = replace(llama, norms=4)  # no whole layers there
+    assert kept_attention_bytes(gemma, batch, Route(fused=True, attending=1)) == 1000 * MODULES.bytes
+
+
+def test_kept_attention_is_what_torch_keeps():
+    """Four layers of 8B's width, traced with and without: the peaks, and what keeping adds to them, to 4 %."""
+    config = config_of("Llama-3-8B", num_hidden_layers=4)
+    counted, batch = shape(config), MicroBatch.padded(1, 4096, kept=0)
+    kept, peak = traced_peak(config, 1, 4096, True, activations="attention")
+    gradients = adapter_bytes(counted) // 4
+    predicted = activation_peak(counted, batch, Route(attending=4))
+    assert predicted == pytest.approx(max(kept, peak - gradients), rel=0.04)
+    plain, _ = traced_peak(config, 1, 4096, True)
+    assert kept - plain == pytest.approx(4 * 4096 * MODULES.bytes, rel=0.04)
