@@ -55,7 +55,10 @@ class LayerGraphs:
 
     def run(self, layer: Any, eager: Callable[..., Tensor], x: Tensor, parts: LayerParts, save: bool) -> Tensor:
         """`decoder_layer(x, parts, save)`: by a recording of `layer`, or by `eager`."""
-        kind = (bucket(x.size(0) * x.size(1)), parts.keep, x.dtype)
+        rows, whole = bucket(x.size(0) * x.size(1)), parts.keep == "all"  # keeping attention changes no step
+        kind = (rows, whole, x.dtype)
+        if not torch.is_grad_enabled() and kind not in self.recorded:
+            kind = (rows, not whole, x.dtype)  # forward they are the same
         recorded = self._recording(layer, kind, x, parts)
         if recorded is not None:
             return graphed_layer(x, parts, recorded, save)
@@ -167,9 +170,8 @@ def graph_layers(model: Any, wish: str, recorder: Recorder | None = None) -> Row
         layer.graphs = None
     if wish == "off":
         return [("graphs", "none (model.graphs=off)")]
-    cuda = any(p.is_cuda for p in model.parameters())
-    if not layers or not (cuda or recorder):
-        why = "no layer runs as one step" if cuda or recorder else "there is no GPU"
+    devices = {p.device for p in model.parameters()}
+    if why := _why_not(layers, devices, recorder):
         return [("graphs", f"none: {why}")]
     graphs = LayerGraphs(wish, recorder or CudaGraphs())
     for layer in layers:
@@ -178,7 +180,21 @@ def graph_layers(model: Any, wish: str, recorder: Recorder | None = None) -> Row
     return [("graphs", f"CUDA graphs of {len(layers)} layers for numbers of tokens that come again{when}")]
 
 
+def _why_not(layers: list[Any], devices: set[torch.device], recorder: Recorder | None) -> str | None:
+    if recorder is None and not any(device.type == "cuda" for device in devices):
+        return "there is no GPU"
+    if len(devices) > 1:
+        return "the model is on several devices"
+    return None if layers else "no layer runs as one step"
+
+
 def graphs_of(model: Any) -> LayerGraphs | None:
     """What `graph_layers` put into a model."""
     found = (fused_layer(module) for module in model.modules())
     return next((fused.graphs for fused in found if fused is not None and fused.graphs is not None), None)
+
+
+def pool_bytes(model: Any) -> int:
+    """Device memory that the recordings of a model's layers keep from everybody else, though nothing is in it."""
+    graphs = graphs_of(model)
+    return 0 if graphs is None else graphs.recorder.nbytes

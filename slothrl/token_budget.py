@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from slothrl.activations import free_bytes, reserved_for_attention
+from slothrl.graphs import pool_bytes
 from slothrl.token_bytes import bytes_to_come, tokens_that_fit
 
 CPU_TOKENS = 4096  # a forward's fixed costs are gone there, and a small machine still has the memory
@@ -22,7 +23,7 @@ def token_budget(model: nn.Module, checkpointing: bool) -> int:
     device = next(model.parameters()).device
     if device.type != "cuda":
         return CPU_TOKENS
-    free = free_bytes(device) - bytes_to_come(model.parameters())
+    free = free_bytes(device) - bytes_to_come(model.parameters()) - pool_bytes(model)
     config: Any = model.config
     config = config.get_text_config()
     tokens = tokens_that_fit(free, config, checkpointing)

@@ -26,17 +26,22 @@ GRAIN = 16  # the fewest rows two buckets are apart, and into how many an octave
 class Recorded(NamedTuple):
     """One layer's steps at one number of rows, recorded.
 
-    addresses: of all that the steps read beside the frame; keep: of the parts they were recorded for.
+    parts: what they were recorded for, held because a recording reads it; addresses: where it was then.
     """
 
     frame: Frame
     rows: int
-    keep: str
+    parts: LayerParts
     addresses: tuple
     before: Replay
     after: Replay
     middle: Replay
     last: Replay
+
+    @property
+    def whole(self) -> bool:
+        """Whether its backward takes u, gate and up as the forward kept them; else it computes them again."""
+        return self.parts.keep == "all"
 
 
 def bucket(tokens: int) -> int:
@@ -64,7 +69,7 @@ def record_layer(parts: LayerParts, frame: Frame, rows: int, recorder: Recorder)
     with torch.no_grad(), torch.autocast(frame.found.device.type, enabled=False):
         made = [recorder.record(step) for step in (steps.before, steps.after, steps.middle, steps.last)]
     frame.clear()
-    return Recorded(frame, rows, parts.keep, addresses(parts), *made)
+    return Recorded(frame, rows, steps.parts, addresses(parts), *made)
 
 
 def graphed_layer(x: Tensor, parts: LayerParts, recorded: Recorded, save: bool = True) -> Tensor:
@@ -72,7 +77,7 @@ def graphed_layer(x: Tensor, parts: LayerParts, recorded: Recorded, save: bool =
 
     Args:
         x: (B, S, h), at most recorded.rows tokens. parts, save: as `decoder_layer` takes them.
-        recorded: of the same `addresses` and `keep`.
+        recorded: of parts with the same `addresses`, which keep all where these do.
 
     Returns:
         (B, S, h) of x's dtype.
@@ -80,8 +85,9 @@ def graphed_layer(x: Tensor, parts: LayerParts, recorded: Recorded, save: bool =
     Raises:
         ValueError: another layer's recording, or more tokens than it has rows.
     """
-    if x.size(0) * x.size(1) > recorded.rows or parts.keep != recorded.keep:
-        raise ValueError(f"{tuple(x.shape)} and {parts.keep!r} for a recording of {recorded.rows}, {recorded.keep!r}")
+    if x.size(0) * x.size(1) > recorded.rows or (parts.keep == "all" and not recorded.whole):
+        kept = f"{parts.keep!r} for one of {recorded.parts.keep!r}"
+        raise ValueError(f"{tuple(x.shape)} for a recording of {recorded.rows} tokens, {kept}")
     with torch.autocast(x.device.type, enabled=False):
         return _GraphedLayer.apply(x, parts, recorded, save, *parts.adapters())  # pyright: ignore
 
@@ -120,7 +126,7 @@ class _GraphedLayer(torch.autograd.Function):
         to_rows = to_y[0].reshape(-1, x.size(-1))
         moved = ctx.recorded.addresses != addresses(parts)  # since the forward: what was kept serves all the same
         with torch.autocast(x.device.type, enabled=False):
-            if moved or (parts.keep == "all" and kept.u is None):  # a second backward
+            if moved or (ctx.recorded.whole and kept.u is None):  # a second backward
                 to_x, found = _backward(x, to_rows, parts, kept)
             else:
                 to_x, found = _replayed(x, to_rows, parts, ctx.recorded, kept)

@@ -130,7 +130,7 @@ Shapes = tuple[tuple[tuple[int, int, int], ...], ...]
 
 def _shapes_of(groups: Groups) -> Shapes:
     """(r, N, K) of every projection of every group."""
-    return tuple(tuple((p.rank, *p.weight.shape) for p in group) for group in groups)
+    return tuple(tuple((p.rank, p.weight.shape[0], p.weight.shape[1]) for p in group) for group in groups)
 
 
 def _places_of(groups: Groups) -> _Places:

@@ -58,8 +58,9 @@ def took(recorder):
     return replays
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("policy", ["layer", "both"])
+@pytest.mark.parametrize(
+    ("family", "policy"), [("llama", "layer"), ("qwen2", "layer"), ("qwen3", "layer"), ("qwen3", "both")]
+)
 def test_the_same_training(family, policy, folders):  # noqa: F811
     """From the third step on by recordings, also after an optimizer's; 26 tokens in 32 rows."""
     base = BitsAndBytesConfig(**NF4, bnb_4bit_compute_dtype=torch.float32) if family == "qwen3" else None
@@ -96,6 +97,10 @@ def test_padded_rows_accumulated_and_without_checkpoints(folders):  # noqa: F811
     for _ in range(3):
         assert_same(accumulated(), plain)
     assert took(recorder) == 4 * 2 * 4  # four forwards of what keeps all, two layers, two steps forward, two backward
+    with torch.no_grad():
+        logits = model(input_ids=IDS[1:], attention_mask=mask[1:], use_cache=False).logits
+    torch.testing.assert_close(logits, plain[0], rtol=1e-5, atol=1e-5)
+    assert took(recorder) == 4
     unfuse(model)
     assert graphs_of(model) is None
     assert_same(accumulated(), plain)
