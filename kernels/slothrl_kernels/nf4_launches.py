@@ -19,8 +19,8 @@ from slothrl_kernels.switch import processors
 KERNEL = 3  # winners of another kernel, or of other fields, are nobody's
 Winners = dict[tuple[int, int, int], Nf4Config]  # by (rows bucket, N, K)
 
-# The linear layers of models of 8, 3 and 0.5 billion parameters, on 2026-11-22 (kernels/README.md): by
-# tests/gpu/sweep_nf4_decode.py on an H200, for 32 rows by bench_kernels.py on an H100, which has the same multiprocessors.
+# The linear layers of models of 8, 3 and 0.5 billion parameters, on 2026-11-22 (kernels/README.md): from
+# tests/gpu/sweep_nf4_decode.py on an H200; for 32 rows bench_kernels.py on an H100, which has the same multiprocessors.
 HOPPER: Winners = {
     (16, 6144, 4096): Nf4Config(16, 64, 4, 4, 3, 5, 0, 1, 1),
     (32, 6144, 4096): Nf4Config(32, 64, 2, 4, 4, 5),
