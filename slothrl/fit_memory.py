@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from slothrl.fit_activations import MicroBatch, Route, activation_peak, graphed_bytes, layer_peak
+from slothrl.fit_activations import MicroBatch, Route, activation_peak, graphed_bytes, layer_peak, whole_layers
 from slothrl.fit_batch import attending_layers, micro_batch
 from slothrl.fit_constants import GIB, constant
 from slothrl.fit_shape import Shape
@@ -148,7 +148,7 @@ def update(shape: Shape, settings: Settings, total: int) -> PhasePrediction:
     batch, free = largest_micro_batch(shape, settings, total), free_for_update(shape, settings, total)
     route = replace(settings.route, attending=attending_layers(shape, batch, settings, free))
     parts[TEMPORARY] = activation_peak(shape, batch, route)
-    if settings.fused and settings.layer_graphs:
+    if settings.layer_graphs and whole_layers(shape, settings.fused):
         parts[LAYER_GRAPHS] = graphed_bytes(shape, batch, route)
     parts[REST] = around(shape, settings)
     if settings.cuda:

@@ -6,7 +6,7 @@ from slothrl import fit_config
 from slothrl.compose import compose_config
 from slothrl.fit_batch import micro_batch
 from slothrl.fit_config import device_bytes, settings_of
-from slothrl.fit_memory import Settings
+from slothrl.fit_memory import LAYER_GRAPHS, Settings, update
 from slothrl.fit_shape import Shape
 
 SHAPE = Shape(2, 64, 128, 4, 2, 16, 100, matrices=((64, 64),), embedding=6400, head=0, rest=0)
@@ -34,6 +34,17 @@ def test_packs_and_layers():
     assert not settings("packing=off").packs and not settings("algo=sft").packs
     assert settings("model.fuse=auto", "model.activations=offload").route.offload and not found.route.offload
     assert settings("model.fuse=auto").fused and settings().fused and not settings("model.fuse=off").fused
+
+
+def test_graphs_of_layers():
+    """Their frame and the pool for an MLP's backward, where they are asked for and layers run as one step."""
+    one = ("algo=sft", "trainer.per_device_train_batch_size=1", "trainer.max_length=64")
+    assert not settings("model.graphs=auto").layer_graphs and settings("model.graphs=on").layer_graphs
+    frame = 64 * 2 * (3 * 64 + 2 * 64 + 2 * 32)  # h, q and v of SHAPE: 64, 64, 32
+    pool = 64 * 2 * (3 * 128 + 2 * 64) + 2 * 64 * 64
+    assert update(SHAPE, settings(*one, "model.graphs=on"), 2**34).parts[LAYER_GRAPHS] == frame + pool
+    for other in ("model.graphs=off", "model.fuse=off"):
+        assert LAYER_GRAPHS not in update(SHAPE, settings(*one, "model.graphs=on", other), 2**34).parts
 
 
 def test_two_bases():
