@@ -12,8 +12,8 @@ from torch import nn
 from slothrl.vllm_linear import NF4
 
 
-def described(model: nn.Module, linear: str | None, view: bool) -> str:
-    """One line on vLLM's model: its layers' method (`vllm_engine.linear_method`), what is not ours or not tuned."""
+def described(model: nn.Module, linear: str | None, view: bool, cache: str = "auto") -> str:
+    """One line on vLLM's model: its layers' method (`vllm_engine.linear_method`), what is not ours, tuned or exact."""
     if linear is None:
         said = "vLLM's own linear layers, and its LoRA for many adapters"
     elif view:
@@ -21,7 +21,8 @@ def described(model: nn.Module, linear: str | None, view: bool) -> str:
     else:
         base = "one GEMM on the nf4 bytes" if linear == NF4 else "vLLM's products"
         said = f"{base} with the LoRA inside the layer ({linear})"
-    notes = [experts_note(model), launches_note(model) if linear == NF4 and not view else ""]
+    fp8 = "FP8 KV cache (approximate)" if cache.startswith("fp8") else ""
+    notes = [fp8, experts_note(model), launches_note(model) if linear == NF4 and not view else ""]
     return "; ".join([said, *filter(None, notes)])
 
 

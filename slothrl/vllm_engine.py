@@ -90,7 +90,7 @@ class VLLMEngine(Engine):
         self.started_bytes = free - _free_bytes()  # what the driver says vLLM took, all together
         # The adapter will sit in vLLM's memory, so this path is never read. Our own layers need no request for it.
         self.request = None if self.linear else LoRARequest("slothrl", vllm_compat.ADAPTER_ID, "/in-memory")
-        self.view = options.view and self.linear == NF4
+        self.view, self.kv_cache_dtype = options.view and self.linear == NF4, options.kv_cache_dtype
         self._stale_view = self.view
         self.can_sleep = torch.cuda.is_available() and options.sleep
         self.asleep = False
@@ -109,7 +109,7 @@ class VLLMEngine(Engine):
 
     def describe(self) -> str:
         """Whose linear layers generate, and from what, in words."""
-        return described(self.vllm_model, self.linear, self.view)
+        return described(self.vllm_model, self.linear, self.view, self.kv_cache_dtype)
 
     @property
     def vllm_model(self) -> torch.nn.Module:

@@ -80,3 +80,4 @@ def test_experts_stay_bitsandbytes_own_and_the_plan_says_so():
     said = described(model, NF4, view=False)
     assert "(slothrl_nf4); 2 layers of experts by bitsandbytes' own way" in said
     assert "experts" not in described(torch.nn.Linear(2, 2), NF4, view=False)
+    assert described(torch.nn.Linear(2, 2), None, view=False, cache="fp8").endswith("; FP8 KV cache (approximate)")
