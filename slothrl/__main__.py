@@ -23,6 +23,7 @@ COMMANDS = {
     ),
     "report": ("slothrl.report_command", "a run's report again, or runs compared: python -m slothrl report RUN …"),
     "bench": ("slothrl.bench", "speed and memory on this GPU: python -m slothrl bench [NAME]"),
+    "tune": ("slothrl.tune_command", "faster generation from nf4 on this GPU: python -m slothrl tune key=value …"),
     "reward": ("slothrl.reward_command", "try reward functions without a model: python -m slothrl reward key=value …"),
 }
 

@@ -35,19 +35,24 @@ class Rollout:
         completion_ids: token ids, the end token included where one was sampled.
         sampling_logprobs: log-probability (nats) of each token under the policy that sampled it, after temperature;
             None where the trainer's own model sampled, so that its log-probs are the sampling ones.
+        steps: decoding steps that the engine took; None: as many as the longest completion has tokens, all together.
+        preemptions: how often a completion lost its KV cache to others and was computed again; None: there is no such.
     """
 
     completion_ids: list[list[int]]
     sampling_logprobs: list[list[float]] | None = None
+    steps: int | None = None
+    preemptions: int | None = None
 
     @property
     def occupancy(self) -> float:
-        """Share of the sequences that were still generating, on average over the decoding steps; 1 for equal lengths.
+        """Share of the sequences that got a token, on average over the decoding steps; 1: all, from first to last.
 
-        Low: a few long completions kept the rest waiting (all start together).
+        Low: a few long completions kept the rest waiting, or the KV cache held only some of them at a time.
         """
         lengths = [len(ids) for ids in self.completion_ids]
-        return sum(lengths) / (len(lengths) * max(lengths)) if any(lengths) else 1.0
+        steps = max(self.steps or 0, *lengths, 0)
+        return sum(lengths) / (len(lengths) * steps) if steps else 1.0
 
 
 class Engine(ABC):

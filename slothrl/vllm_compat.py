@@ -15,6 +15,7 @@ tests/integration/test_shared_model.py |
 | `release_kv_cache_memory` instead, where there is one | not run: GPU builds from 0.28 on | public | the same test |
 | transformers' classes rewritten by vLLM's transformers backend | 0.26, 0.31 | `support_torch_compile` on them | \
 `test_nf4_families[smollm3]` |
+| the scheduler's requests (`vllm_requests`) | 0.26 (read), 0.31 | no public count | `test_preemptions` |
 | our linear layers, on bitsandbytes' classes (`vllm_linear`) | 0.26, 0.31 | public registry | `test_nf4_families` |
 | vLLM's stream (`streams.OwnStream`) | 0.26 (GPU) | it moves the calling thread to one of its own | `test_streams` |
 """
@@ -56,9 +57,8 @@ def import_vllm() -> ModuleType:
 
 def max_lora_rank(rank: int) -> int:
     """The smallest rank of `RANKS` that holds `rank`. Raises `UserError` above the largest."""
-    for allowed in RANKS:
-        if rank <= allowed:
-            return allowed
+    if fitting := [allowed for allowed in RANKS if rank <= allowed]:
+        return fitting[0]
     raise UserError(
         f"model.lora.r={rank}: vLLM takes LoRA ranks up to {RANKS[-1]}; lower it or use rollout=transformers"
     )

@@ -15,7 +15,9 @@ from slothrl.engine import Engine, Rollout, Sampling, TokenIds, end_token_ids
 from slothrl.errors import UserError
 from slothrl.lora_slot import LoraShape, LoraSlot
 from slothrl.streams import OwnStream
+from slothrl.vllm_described import described
 from slothrl.vllm_linear import NF4, PLAIN
+from slothrl.vllm_requests import Served, serve
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class VLLMEngine(Engine):
         self.started_bytes = free - _free_bytes()  # what the driver says vLLM took, all together
         # The adapter will sit in vLLM's memory, so this path is never read. Our own layers need no request for it.
         self.request = None if self.linear else LoRARequest("slothrl", vllm_compat.ADAPTER_ID, "/in-memory")
-        self.view = options.view and self.linear == NF4
+        self.view, self.kv_cache_dtype = options.view and self.linear == NF4, options.kv_cache_dtype
         self._stale_view = self.view
         self.can_sleep = torch.cuda.is_available() and options.sleep
         self.asleep = False
@@ -107,12 +109,7 @@ class VLLMEngine(Engine):
 
     def describe(self) -> str:
         """Whose linear layers generate, and from what, in words."""
-        if self.linear is None:
-            return "vLLM's own linear layers, and its LoRA for many adapters"
-        if self.view:
-            return "from a 16-bit view of the base with the LoRA folded in (approximate), freed while asleep"
-        base = "one GEMM on the nf4 bytes" if self.linear == NF4 else "vLLM's products"
-        return f"{base} with the LoRA inside the layer ({self.linear})"
+        return described(self.vllm_model, self.linear, self.view, self.kv_cache_dtype)
 
     @property
     def vllm_model(self) -> torch.nn.Module:
@@ -144,16 +141,17 @@ class VLLMEngine(Engine):
             "stop_token_ids": self.eos_token_ids,
             **(sampling.extra or {}),
         }
-        outputs = [output.outputs[0] for output in self._run(prompt_ids, SamplingParams(**parameters))]
+        served = self._run(prompt_ids, SamplingParams(**parameters))
+        outputs = [output.outputs[0] for output in served.outputs]
         logprobs = [
             [entry[token].logprob for token, entry in zip(out.token_ids, out.logprobs, strict=True)] for out in outputs
         ]
-        return Rollout([list(out.token_ids) for out in outputs], logprobs)
+        return Rollout([list(out.token_ids) for out in outputs], logprobs, served.steps, served.preemptions)
 
-    def _run(self, prompt_ids: Sequence[TokenIds], parameters) -> list[Any]:
+    def _run(self, prompt_ids: Sequence[TokenIds], parameters) -> Served:
         prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
         with self._working():
-            return self.llm.generate(prompts, parameters, use_tqdm=False, lora_request=self.request)
+            return serve(self.llm, prompts, parameters, self.request)
 
     def push_lora(self) -> None:
         """Write the trainer's LoRA into vLLM's buffers and drop the prefix cache, whose keys do not know of it."""
@@ -183,7 +181,7 @@ class VLLMEngine(Engine):
         from vllm import SamplingParams
 
         parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1, detokenize=False)
-        outputs = self._run(token_ids, parameters)
+        outputs = self._run(token_ids, parameters).outputs
         return [
             torch.tensor([output.prompt_logprobs[i][ids[i]].logprob for i in range(1, len(ids))])
             for ids, output in zip(token_ids, outputs, strict=True)

@@ -3,7 +3,8 @@
 Two methods, both with the one LoRA of a run inside the layer instead of vLLM's machinery for many adapters:
 
 - `slothrl_nf4`: bitsandbytes' nf4 bytes as vLLM's loader leaves them, read by one GEMM a layer (`nf4_lora_matmul`),
-  fused projections (q, k, v; gate, up) in one launch. Mixture-of-experts layers stay bitsandbytes' own.
+  fused projections (q, k, v; gate, up) in one launch. Mixture-of-experts layers stay bitsandbytes' own, and the plan
+  says so (`vllm_described`).
 - `slothrl_plain`: unquantised weights, multiplied as vLLM does, plus the LoRA.
 
 A layer's LoRA is made with its weights, because vLLM compiles and captures right after loading; which adapter it will

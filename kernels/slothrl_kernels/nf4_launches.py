@@ -1,19 +1,20 @@
 """Which launch the nf4 GEMM takes: this user's winner for the GPU and shape, the one shipped, or the default.
 
-Winners are found by `nf4_tuning.tune` and kept in ~/.cache/slothrl/nf4_launches.json (or under XDG_CACHE_HOME), by GPU
-and Triton version.
+Winners are found by `nf4_tuning.tune` (a model's by `python -m slothrl tune`) and kept by GPU and Triton version, in
+~/.cache/slothrl/nf4_launches.json (or under XDG_CACHE_HOME).
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from slothrl_kernels.nf4_config import DEFAULTS, Nf4Config, bucket, complete
+from slothrl_kernels.nf4_config import DEFAULTS, ROW_BUCKETS, Nf4Config, bucket, complete
 from slothrl_kernels.switch import processors
 
 KERNEL = 3  # winners of another kernel, or of other fields, are nobody's
@@ -80,11 +81,21 @@ SHIPPED: dict[str, Winners] = {"NVIDIA H100 80GB HBM3": HOPPER, "NVIDIA H200": H
 def choose_config(rows: int, outputs: int, inputs: int, device: torch.device) -> Nf4Config:
     """The launch for X (rows, K=inputs) and W (N=outputs, K), splits filled in."""
     key = bucket(rows), outputs, inputs
-    config = DEFAULTS[key[0]]
-    if device.type == "cuda":
-        shipped = SHIPPED.get(torch.cuda.get_device_name(device), {})
-        config = found_launches(device).get(key) or shipped.get(key) or config
+    config = known_launches(device).get(key, DEFAULTS[key[0]])
     return complete(config, rows, outputs, inputs, processors(device))
+
+
+def known_launches(device: torch.device) -> Winners:
+    """What was timed on this kind of GPU: this user's winners, before the shipped ones."""
+    if device.type != "cuda":
+        return {}
+    return SHIPPED.get(torch.cuda.get_device_name(device), {}) | found_launches(device)
+
+
+def untuned(shapes: Iterable[tuple[int, int]], device: torch.device) -> list[tuple[int, int, int]]:
+    """(rows bucket, N, K) of each shape (N, K) for which the default launch would run: nothing was timed for it."""
+    known = known_launches(device)
+    return [(rows, *shape) for shape in dict.fromkeys(shapes) for rows in ROW_BUCKETS if (rows, *shape) not in known]
 
 
 def cache_file() -> Path:

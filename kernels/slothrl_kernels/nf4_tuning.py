@@ -40,7 +40,7 @@ def tune(
         weights = cold_weights(outputs, inputs, device)
         for count in rows:
             best[count, outputs, inputs] = fastest(count, weights)[1]
-    keep(best, device)
+            keep(best, device)  # each as it is found: a call may be interrupted
     return best
 
 

@@ -164,7 +164,10 @@ class GRPOTrainer(Guards, ExactCheckpoints, FewLaunches, Watched, Signal, Packed
                 f"the engine gave no token for {len(empty)} of {len(prompt_ids)} prompts, of up to {max(empty)} tokens"
             )
             raise EngineFault(f"{said}: is there room for a completion in rollout.max_model_len?")
-        self._metrics["train" if self.model.training else "eval"]["rollout/occupancy"].append(rollout.occupancy)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["rollout/occupancy"].append(rollout.occupancy)
+        if rollout.preemptions is not None:
+            metrics["rollout/preemptions"].append(rollout.preemptions)
         return rollout.completion_ids, rollout.sampling_logprobs
 
 

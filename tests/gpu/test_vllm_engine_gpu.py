@@ -64,6 +64,15 @@ def test_push_keeps_addresses_under_cuda_graphs(parts):
     assert places == [(b.a_into.data_ptr(), b.b_into.data_ptr()) for b in engine.slot.buffers]
 
 
+def test_requests_are_counted(parts):
+    """What vLLM's scheduler is asked afterwards (`vllm_requests`): all fit here, none waits, none is preempted."""
+    engine, _, tokenizer, _ = parts
+    prompts = [tokenizer(f"Once upon {i} times")["input_ids"] for i in range(16)]
+    rollout = engine.generate(prompts, Sampling(max_tokens=48, extra={"ignore_eos": True}))
+    assert [len(ids) for ids in rollout.completion_ids] == [48] * 16
+    assert (rollout.steps, rollout.preemptions, rollout.occupancy) == (48, 0, 1.0)
+
+
 def test_push_time(parts):
     """Not a timing test: the figure is printed, the assertion only guards against a push through disk."""
     engine = parts[0]

@@ -33,6 +33,14 @@ def remedy(error: str) -> list[str]:
     return shlex.split(line.split("it would with: ")[1])
 
 
+def test_tune_needs_a_gpu(arguments, capsys):
+    """The rest of `slothrl tune` times kernels; which layers it times is held to vLLM's in test_vllm_linear.py."""
+    assert main(["tune", *arguments]) == 2
+    assert "slothrl tune times launches on a GPU, and there is none here" in capsys.readouterr().err
+    assert main(["tune", "--fast"]) == 2
+    assert "--fast: no such option of `slothrl tune`" in capsys.readouterr().err
+
+
 def test_fit(arguments, capsys):
     assert main(["fit", *arguments, "gpu=8gb"]) == 0
     shown = capsys.readouterr().out

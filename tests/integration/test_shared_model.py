@@ -30,6 +30,15 @@ def test_nf4_families(family, tmp_path, smollm3_as_it_was):
     engine.close()
 
 
+def test_nf4_in_float16(tmp_path):
+    """With biases; vLLM's CPU build computes in half precision too, and the LoRA is float16 there."""
+    engine, shared, model = start(make_checkpoint("qwen2", tmp_path, torch.float16), "bitsandbytes", "float16")
+    layer = engine.vllm_model.model.layers[0].self_attn.qkv_proj
+    assert layer.lora_a.dtype == torch.float16 and layer.bias.dtype == torch.float16
+    check(engine, shared, model, bound=0.02)
+    engine.close()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("family", ["qwen2", "gemma3", "phi3"])
 def test_plain_families(family, dtype, tmp_path, plain_linears):

@@ -71,7 +71,7 @@ def test_nf4_run_shares_its_base(go):
     assert "policy probe: vLLM and the trainer differ by" in said
     assert len(logged) == 3
     assert all(line["grad_norm"] > 0 for line in logged)
-    assert all(0 < line["rollout/occupancy"] <= 1 for line in logged)
+    assert all(0 < line["rollout/occupancy"] <= 1 and line["rollout/preemptions"] == 0 for line in logged)
     assert all(line["sampling/sampling_logp_difference/mean"] < 0.1 for line in logged)
     phases = json.loads((output / "memory.json").read_text())
     assert [phase["name"] for phase in phases] == ["rollout", "update"]

@@ -14,6 +14,8 @@ from slothrl.lora_slot import lora_shape
 from slothrl.probe import PolicyProbe, mean_difference, perturbed_lora
 from slothrl.random_state import random_state, set_random_state
 from slothrl.vllm_linear import layer_loras
+from tests.families import make_checkpoint
+from tests.helpers import tiny_tokenizer
 
 pytestmark = [
     pytest.mark.vllm,
@@ -22,6 +24,31 @@ pytestmark = [
 ]
 # Two float32 implementations of one model: measured 4e-6 nat apart on this model.
 EXACT = 1e-4
+
+
+def test_preemptions(tmp_path):
+    """A KV cache for some of the completions: all come out whole, and what it cost is told."""
+    from slothrl.vllm_engine import VLLMEngine, VLLMOptions
+
+    folder = make_checkpoint("llama", tmp_path, torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear"))
+    # A block is 128 tokens of 1,024 bytes here: room for four, of which vLLM keeps one.
+    options = VLLMOptions(str(folder), 256, 8, dtype="float32", enforce_eager=True, kv_cache_gb=4 * 2**17 / 2**30)
+    engine = VLLMEngine(options, lora_shape(model)).follow(model, tiny_tokenizer())
+    prompts = [[token] * 120 for token in (10, 20, 30, 40)]
+    sampling = Sampling(max_tokens=12, temperature=0.0, extra={"ignore_eos": True})
+    rollout = engine.generate(prompts, sampling)
+    assert [len(ids) for ids in rollout.completion_ids] == [12] * 4
+    alone = engine.generate(prompts[:1], sampling)  # a second block after 8 tokens, and there are three
+    assert alone.completion_ids == rollout.completion_ids[:1]
+    assert (alone.steps, alone.preemptions, alone.occupancy) == (12, 0, 1.0)
+    assert rollout.preemptions == 2  # three started; one after the other gave its block to an older one
+    assert rollout.steps > 24 and rollout.occupancy == 12 / rollout.steps
+    engine.close()
+
+
+# --- one engine for what follows ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 from slothrl_kernels import Nf4Weight, nf4_matmul, nf4_matmul_reference
-from slothrl_kernels.nf4_config import DEFAULTS, Nf4Config, bucket, candidates, complete
-from slothrl_kernels.nf4_launches import SHIPPED, cache_file, choose_config, found_launches, keep
+from slothrl_kernels.nf4_config import DEFAULTS, ROW_BUCKETS, Nf4Config, bucket, candidates, complete
+from slothrl_kernels.nf4_launches import SHIPPED, cache_file, choose_config, found_launches, keep, untuned
 
 from tests.kernels.nf4_cases import quantized
 
@@ -174,6 +174,23 @@ def test_winners_are_kept_by_gpu(tmp_path, monkeypatch):
     found_launches.cache_clear()
     assert found_launches(device) == {}
     found_launches.cache_clear()
+
+
+def test_what_was_not_timed_on_this_gpu(tmp_path, monkeypatch):
+    """Shipped launches serve the GPUs that they were timed on; a user's own come first and fill the gaps."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    card, device = ["NVIDIA H200"], torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: card[0])
+    found_launches.cache_clear()
+    assert untuned([(6144, 4096), (6144, 4096)], device) == []
+    assert untuned([(2560, 2048)], device) == [(32, 2560, 2048)]
+    keep({(32, 2560, 2048): Nf4Config(32, 64, 2)}, device)
+    assert untuned([(2560, 2048)], device) == []
+    card[0] = "a card that nobody has"
+    found_launches.cache_clear()
+    assert untuned([(64, 64)], device) == [(rows, 64, 64) for rows in ROW_BUCKETS]
+    found_launches.cache_clear()
+    choose_config.cache_clear()
 
 
 def test_shipped_launches_fit_their_shapes():

@@ -97,6 +97,7 @@ def test_occupancy_is_the_share_of_sequences_still_generating():
     assert Rollout([[1, 2, 3, 4], [1], [1], [1, 2]]).occupancy == 8 / 16  # 4, 2, 1 and 1 of 4 in the four steps
     assert Rollout([[1, 2], [3, 4]]).occupancy == 1.0
     assert Rollout([[], []]).occupancy == 1.0
+    assert Rollout([[1, 2], [3, 4]], steps=4).occupancy == 4 / 8  # one after the other
 
 
 def test_view_is_for_many_sequences_and_free_memory():
