@@ -15,6 +15,7 @@ from slothrl.data import PromptReport, build_prompts, build_sft, load_data
 from slothrl.engine import EngineChoice, choose_engine
 from slothrl.errors import ConfigError
 from slothrl.evaluate import prompt_token_ids
+from slothrl.lora_targets import ALL, target_problems
 from slothrl.models import ModelPlan, load_tokenizer, plan_model
 from slothrl.reward_isolation import open_rewards, open_score
 from slothrl.rewards import Reward, self_test
@@ -78,6 +79,7 @@ def prepare(config: Config, output_dir: Path | None = None, engine: EngineChoice
     algorithm = open_algorithm(config.algo)
     splits = load_data(config.data)
     model = plan_model(config.model, config.gpu.device)
+    _check_targets(model, config.model.lora.target_modules)
     tokenizer = load_tokenizer(model)
     template = set_fields(config.trainer).get("chat_template_kwargs") or {}
     if sft:
@@ -105,6 +107,14 @@ def prepare(config: Config, output_dir: Path | None = None, engine: EngineChoice
         engine=engine,
         algorithm=algorithm,
     )
+
+
+def _check_targets(model: ModelPlan, targets: Any) -> None:
+    """Names of layers that the model has not are told before its weights are loaded."""
+    from slothrl.shared_model import empty_model
+
+    if targets != ALL and (found := target_problems(empty_model(model.path, model.dtype, model.revision), targets)):
+        raise ConfigError(found)
 
 
 def _scored_rows(rows: Dataset | None, config: DataConfig, tokenizer, template: dict[str, Any]) -> list[dict[str, Any]]:
