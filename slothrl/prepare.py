@@ -79,7 +79,6 @@ def prepare(config: Config, output_dir: Path | None = None, engine: EngineChoice
     algorithm = open_algorithm(config.algo)
     splits = load_data(config.data)
     model = plan_model(config.model, config.gpu.device)
-    _check_targets(model, config.model.lora.target_modules)
     tokenizer = load_tokenizer(model)
     template = set_fields(config.trainer).get("chat_template_kwargs") or {}
     if sft:
@@ -109,8 +108,14 @@ def prepare(config: Config, output_dir: Path | None = None, engine: EngineChoice
     )
 
 
-def _check_targets(model: ModelPlan, targets: Any) -> None:
-    """Names of layers that the model has not are told before its weights are loaded."""
+def check_targets(model: ModelPlan, targets: Any) -> None:
+    """Hold the layers that a LoRA is to go into against the model, before its weights are loaded.
+
+    Not for adapters that exist: PEFT passed over what was not there when they were made.
+
+    Raises:
+        ConfigError: a name, or a pattern, of which the model has nothing.
+    """
     from slothrl.shared_model import empty_model
 
     if targets != ALL and (found := target_problems(empty_model(model.path, model.dtype, model.revision), targets)):
