@@ -170,7 +170,7 @@ LOADED = {
     ),
     "LoRA's target": (
         ["model.lora.target_modules=[q_proj,k_prj]"],
-        "error: model.lora.target_modules: the model has no 'k_prj'; did you mean k_proj?; its linear layers are down_proj",
+        "error: model.lora.target_modules: the model has no 'k_prj'; did you mean k_proj?; its linear layers are ",
     ),
     "TRL's own": (
         ["trainer.lr_scheduler_type=zigzag"],
