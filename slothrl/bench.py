@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         print(USAGE, *(f"  {name:10} {line}" for name, (_, line) in BENCHES.items()), sep="\n")
         return 0
     if name is not None and name not in BENCHES:
-        print(f"bench {name}: the benchmarks are {', '.join(BENCHES)}", file=sys.stderr)
+        print(f"error: bench {name}: the benchmarks are {', '.join(BENCHES)}", file=sys.stderr)
         return 2
     codes = [run(each, argv[1:]) for each in ([name] if name else ["layers", "step"])]
     return max(codes)
@@ -37,7 +37,7 @@ def run(name: str, options: list[str]) -> int:
     """One benchmark in a process of its own: peers that are compared with change things when they are imported."""
     path = ROOT / BENCHES[name][0]
     if not path.exists():
-        print(f"bench {name} needs a checkout of the repository: {path} is not there", file=sys.stderr)
+        print(f"error: bench {name} needs a checkout of the repository: {path} is not there", file=sys.stderr)
         return 2
     packages = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "rewards"), *filter(None, sys.path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(packages)}  # where this process found things

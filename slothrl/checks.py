@@ -15,6 +15,7 @@ from slothrl.data import static_data_problems
 from slothrl.embedded import EMBEDDED, context_of
 from slothrl.plugins import static_plugin_problems
 from slothrl.rewards import static_reward_problems
+from slothrl.trainer_checks import logger_problems, number_problems
 from slothrl.trainer_fields import trainer_fields
 
 UNSET = "???"
@@ -73,7 +74,7 @@ def problems(config: Config | DictConfig, anywhere: bool = False) -> list[str]:
     """Everything wrong with a composed config that shows without loading data or a model, one line each.
 
     Args:
-        anywhere: the device need not be here.
+        anywhere: device and loggers need not be here.
     """
     found = _mandatory(config)
     if found:  # the rest would trip over them
@@ -82,7 +83,7 @@ def problems(config: Config | DictConfig, anywhere: bool = False) -> list[str]:
         return [f"trainer={config.trainer}: trainer has fields to set, trainer.<field>=…"]
     trainer = set_fields(config.trainer)
     found += _choices(config, trainer)
-    found += _trainer_problems(config.algo.trainer, trainer)
+    found += _trainer_problems(config.algo.trainer, trainer) + number_problems(trainer)
     found += _ranges(config)
     if config.algo.trainer == "grpo":
         found += batch_problems(trainer) + _length_problems(config, trainer)
@@ -92,7 +93,8 @@ def problems(config: Config | DictConfig, anywhere: bool = False) -> list[str]:
     if config.algo.trainer == "grpo" and not config.reward.functions:
         found.append("reward.functions is empty: name at least one, as in 'reward.functions=[./my_reward.py:fn]'")
     found += static_plugin_problems(config.algo)
-    found += _model_problems(config) + ([] if anywhere else _device_problems(config)) + _path_problems(config)
+    here = [] if anywhere else _device_problems(config) + logger_problems(config.logger.report_to)
+    found += _model_problems(config) + here + _path_problems(config)
     return list(dict.fromkeys(found))
 
 
@@ -233,7 +235,11 @@ def _model_problems(config: Any) -> list[str]:
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
     if path.is_dir():
         return [] if (path / "config.json").is_file() else [f"model.name={name}: no config.json in this folder"]
-    return [f"model.name={name}: no such folder"] if looks_like_path else []
+    return (
+        [f"model.name={name}: no such folder; name one with a config.json, or owner/name of the hub"]
+        if looks_like_path
+        else []
+    )
 
 
 def _device_problems(config: Any) -> list[str]:

@@ -160,7 +160,8 @@ def _explain(override: str, error: Exception) -> str:
     try:
         parsed: Override = OverridesParser.create().parse_override(override)
     except MISTAKES:
-        return f"{override}: not an override; write group=choice or key=value, quoted for your shell"
+        command = _nearest_command(override)
+        return f"{override}: not an override; write group=choice or key=value, quoted for your shell{command}"
     key = parsed.key_or_group
     if not key:
         return f"{override}: not an override; write group=choice or key=value"
@@ -200,8 +201,16 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     near += [by_tail[t] for t in difflib.get_close_matches(tail, list(by_tail), n=2, cutoff=0.8)]
     # Far guesses only where there is no near one.
     near = near or difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    near = list(dict.fromkeys(near))[:3]
+    # Of two as near, the one that stands as deep: `modle` is `model` before it is `packing.mode`.
+    near = sorted(dict.fromkeys(near), key=lambda known_key: known_key.count(".") != word.count("."))[:3]
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _nearest_command(word: str) -> str:
+    from slothrl.__main__ import COMMANDS
+
+    near = difflib.get_close_matches(word, [*COMMANDS], n=1, cutoff=0.75)
+    return f"; did you mean the command {near[0]}?" if near else ""
 
 
 def _one_line(error: BaseException) -> str:

@@ -77,6 +77,8 @@ def find_adapter(place: Path) -> Path:
     Raises:
         UserError: there is none.
     """
+    if not place.is_dir():
+        raise UserError(f"adapter={place}: no such folder; name a run, an adapter's folder, or none for the base")
     for folder in (place / "adapter", place):
         if (folder / "adapter_config.json").is_file() and (folder / "adapter_model.safetensors").is_file():
             return folder

@@ -7,6 +7,7 @@ from typing import Any
 
 from slothrl.checks import detect_gpu, gpu_memory_gb, set_fields
 from slothrl.config import Config
+from slothrl.errors import ConfigError
 from slothrl.fit_constants import GIB, card_bytes
 from slothrl.fit_memory import Settings
 from slothrl.fit_shape import Shape, shape_of
@@ -39,13 +40,17 @@ def question(config: Any, engine: str | None = None, prompt: int | None = None) 
         prompt: the longest prompt, in tokens, where it is known; None: `data.max_prompt_length`.
 
     Raises:
-        UserError: there is no such model, or none that can be predicted.
+        UserError: there is no such model, or none that can be predicted; `ConfigError`: it lacks a LoRA's target.
     """
+    from slothrl.lora_targets import target_problems
     from slothrl.models import peft_config, plan_model
     from slothrl.shared_model import empty_model
 
     plan = plan_model(config.model, config.gpu.device)
-    shape = shape_of(empty_model(plan.path, plan.dtype, plan.revision), peft_config(config.model.lora))
+    model = empty_model(plan.path, plan.dtype, plan.revision)
+    if wrong := target_problems(model, config.model.lora.target_modules):
+        raise ConfigError(wrong)
+    shape = shape_of(model, peft_config(config.model.lora))
     quantization = "nf4" if plan.quantization == "checkpoint" else plan.quantization
     settings = settings_of(config, quantization, plan.dtype.itemsize, engine, prompt, plan.context)
     return Question(plan.title, shape, settings, device_bytes(config), value(config, "gradient_accumulation_steps"))

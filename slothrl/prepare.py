@@ -15,6 +15,7 @@ from slothrl.data import PromptReport, build_prompts, build_sft, load_data
 from slothrl.engine import EngineChoice, choose_engine
 from slothrl.errors import ConfigError
 from slothrl.evaluate import prompt_token_ids
+from slothrl.lora_targets import ALL, target_problems
 from slothrl.models import ModelPlan, load_tokenizer, plan_model
 from slothrl.reward_isolation import open_rewards, open_score
 from slothrl.rewards import Reward, self_test
@@ -105,6 +106,20 @@ def prepare(config: Config, output_dir: Path | None = None, engine: EngineChoice
         engine=engine,
         algorithm=algorithm,
     )
+
+
+def check_targets(model: ModelPlan, targets: Any) -> None:
+    """Hold the layers that a LoRA is to go into against the model, before its weights are loaded.
+
+    Not for adapters that exist: PEFT passed over what was not there when they were made.
+
+    Raises:
+        ConfigError: a name, or a pattern, of which the model has nothing.
+    """
+    from slothrl.shared_model import empty_model
+
+    if targets != ALL and (found := target_problems(empty_model(model.path, model.dtype, model.revision), targets)):
+        raise ConfigError(found)
 
 
 def _scored_rows(rows: Dataset | None, config: DataConfig, tokenizer, template: dict[str, Any]) -> list[dict[str, Any]]:

@@ -139,7 +139,7 @@ def find(place: Path, console: Console) -> tuple[Path, dict[str, Any]]:
         console.print(f"skipped {path.name}: {reason}", markup=False, style="yellow")
     if search.found is None:
         none = "no checkpoint there" if not search.skipped else "no checkpoint there can be used"
-        raise UserError(f"resume={place}: {none}")
+        raise UserError(f"resume={place}: {none}; without resume=… the run starts from the beginning")
     return search.found, checkpoints.read_manifest(search.found)
 
 

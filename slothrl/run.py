@@ -23,7 +23,7 @@ from slothrl.interrupts import Interrupts
 from slothrl.memory import memory_given_back
 from slothrl.models import parameter_bytes
 from slothrl.plan import Batch, Plan, Rows, size
-from slothrl.prepare import Prepared, prepare
+from slothrl.prepare import Prepared, check_targets, prepare
 from slothrl.provenance import record_provenance
 from slothrl.report import append_jsonl, draw_curve, read_json, read_jsonl, write_json
 from slothrl.resume import ResumePoint, resume_command, settle
@@ -80,6 +80,7 @@ def _run(
     start = time.monotonic()
     sweep(output_dir)
     prepared = prepare(config, output_dir)
+    check_targets(prepared.model, config.model.lora.target_modules)
     # Libraries keep exceptions of their imports (vLLM that of a missing torchcodec), which keep every frame they came
     # through and all that it names: the model is named in none from which TRL and vLLM are imported.
     from slothrl.trainers.build import trainer_config

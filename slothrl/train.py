@@ -18,6 +18,8 @@ Every field of TRL's GRPOConfig (SFTConfig for algo=sft) is trainer.<field>=…
   --multirun, -m       one run a combination: algo=grpo,gspo seed=0,1
   --dry-run            show the plan and whether it will fit, and stop: exit code 2 where it will not
   --cfg job            print the composed config and stop
+Other commands: {commands}
+  (python -m slothrl commands says what each does)
 Examples:
   python -m slothrl algo=dapo trainer.max_steps=50 'reward.functions=[./my_reward.py:score]'
   python -m slothrl model=hub model.name=Qwen/Qwen2.5-0.5B-Instruct data=gsm8k
@@ -131,11 +133,12 @@ def expand(overrides: list[str]) -> list[list[str]]:
 
 
 def usage() -> str:
+    from slothrl.__main__ import COMMANDS
     from slothrl.compose import conf_dir
 
     groups = sorted(folder for folder in conf_dir().iterdir() if folder.is_dir())
     lines = [f"  {g.name:8} {', '.join(sorted(f.stem for f in g.glob('*.yaml')))}" for g in groups]
-    return USAGE.format(groups="\n".join(lines))
+    return USAGE.format(groups="\n".join(lines), commands=", ".join(name for name in COMMANDS if name != "train"))
 
 
 def _hydra_main(arguments: list[str]) -> int:

@@ -168,6 +168,10 @@ LOADED = {
         ["data.max_prompt_length=40", "data.overlong=error"],
         "error: 40 of 40 prompts are longer than data.max_prompt_length=40 tokens (longest: ",
     ),
+    "LoRA's target": (
+        ["model.lora.target_modules=[q_proj,k_prj]"],
+        "error: model.lora.target_modules: the model has no 'k_prj'; did you mean k_proj?; its linear layers are ",
+    ),
     "TRL's own": (
         ["trainer.lr_scheduler_type=zigzag"],
         "error: trainer: zigzag is not a valid SchedulerType, please select one of ['linear', 'cosine'",

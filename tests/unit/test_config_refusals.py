@@ -1,11 +1,13 @@
 """What is wrong with a config is told before anything loads: all of it, with the nearest name and fitting numbers."""
 
+import importlib.util
 import json
 
 import pytest
 
 from slothrl.compose import check_jobs, compose_config
 from slothrl.errors import ConfigError
+from slothrl.trainer_checks import logger_problems
 from tests.unit.refusals import refused
 
 # --- names ------------------------------------------------------------------------------------------------
@@ -26,6 +28,7 @@ from tests.unit.refusals import refused
         ("trainer.lerning_rate=1", "there is no trainer.lerning_rate; did you mean trainer.learning_rate"),
         ("model.lora.rank=4", "there is no model.lora.rank; did you mean model.lora.r"),
         ("+trainer.bata=1", "trainer.bata: there is no such field in GRPOConfig; did you mean trainer.beta"),
+        ("modle=hub", "modle=hub: there is no modle; did you mean model or packing.mode?"),
         ("+trainr.max_steps=3", "trainr: there is no such key; did you mean trainer"),
         ("+model.lora.rank=4", "model.lora.rank: there is no such key"),
         ("data.task._target_=os.mkdir", "data.task._target_ is no knob of arithmetic"),
@@ -48,6 +51,11 @@ def test_what_is_no_override(override):
     assert line.startswith(f"{override}: not an override; write group=choice or key=value")
 
 
+def test_a_command_misspelt():
+    (line,) = refused("trian")
+    assert line.endswith("quoted for your shell; did you mean the command train?")
+
+
 # --- values -----------------------------------------------------------------------------------------------
 
 
@@ -62,6 +70,11 @@ def test_what_is_no_override(override):
         ("trainer.max_steps=true", "trainer.max_steps=True: needs int, not True"),
         ("trainer.num_generations=null", "trainer.num_generations=null: needs a number"),
         ("trainer=foo", "trainer=foo: trainer has fields to set, trainer.<field>=…"),
+        ("trainer.learning_rate=-1", "trainer.learning_rate=-1: must be 0 or more"),
+        ("trainer.temperature=0", "trainer.temperature=0: must be over 0"),
+        ("trainer.top_p=1.5", "trainer.top_p=1.5: must be over 0 and at most 1"),
+        ("trainer.epsilon=-0.1", "trainer.epsilon=-0.1: must be 0 or more"),
+        ("trainer.num_train_epochs=nan", "trainer.num_train_epochs=nan: must be over 0"),
         ("rollout.engine=vlm", "rollout.engine=vlm: must be one of auto, vllm, transformers"),
         ("model.quantization=int4", "model.quantization=int4: must be one of auto, nf4, int8, none"),
         ("trainer.scale_rewards=std", "trainer.scale_rewards=std: must be one of group, batch, none, True, False"),
@@ -89,6 +102,15 @@ def test_loss_types_are_the_algorithms_own():
     assert refused("algo=sft", "trainer.loss_type=dapo") == [
         "trainer.loss_type=dapo: must be one of nll, chunked_nll, dft"
     ]
+
+
+def test_a_logger_that_is_not_installed(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else found(name, *rest)
+    )
+    assert refused("logger=wandb") == ["logger.report_to=wandb: wandb is not installed: pip install wandb"]
+    assert logger_problems(["tensorboard"]) == []  # which the tests use
 
 
 def test_a_file_where_a_folder_should_go(tmp_path):
