@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig
 from test_fuse import IDS, NF4, adapted, assert_same, folders, gradients_of, random_b, step  # noqa: F401
+from test_packed_model import CASES, by_pack, by_rows, ids_and_weights, make_model
 from test_packed_model import assert_same as assert_same_pack
-from test_packed_model import by_pack, by_rows, ids_and_weights, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig
 
@@ -41,7 +41,7 @@ def took(taken):
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "smollm3", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "smollm3", "phi3", "gemma2", "gemma3"])
 @pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
 def test_under_gradient_checkpointing(family, quantized, folders, taken):  # noqa: F811
     """From torch's checkpoint, which the first call finds around it, and without it."""
@@ -72,6 +72,26 @@ def test_layers_without_rotation(folders, taken):  # noqa: F811
     torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-4, rtol=1e-5)
     assert took(taken) == ["all"] * 2
     assert [fused_layer(layer).attention.rotates for layer in model.get_base_model().model.layers] == [True, False]
+
+
+def test_the_beginning_of_each_head_is_rotated(taken):
+    """Partial rotary, as in Phi-4-mini."""
+    rotary = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    model = random_b(make_model(**FAMILIES["phi3"], rope_parameters=rotary)).train()
+    widths, ids = [], IDS % 97
+
+    def run():
+        model.zero_grad()
+        output = model(input_ids=ids, labels=ids, use_cache=False)
+        output.loss.backward()
+        return output.logits.detach(), gradients_of(model)
+
+    model.get_base_model().model.rotary_emb.register_forward_hook(lambda *a: widths.append(a[-1][0].size(-1)))
+    plain = run()
+    assert fuse(model).fused["whole layer"] == 2
+    took(taken)
+    assert_same(run(), plain)
+    assert took(taken) == ["all"] * 2 and set(widths) == {8}
 
 
 def test_padded_rows_and_accumulated_gradients(folders, taken):  # noqa: F811
@@ -114,8 +134,10 @@ def test_policies(policy, folders, taken):  # noqa: F811
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
-def test_a_pack_with_shared_prompts(reentrant, taken):
-    model = make_model(**FAMILIES["qwen3"]).train()
+@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+def test_a_pack_with_shared_prompts(family, reentrant, taken):
+    """gemma2: a window in every other layer, softcaps, four norms."""
+    model = make_model(**CASES[family]).train()
     ids, weights = ids_and_weights(64)
     rows = by_rows(model, ids, weights)
     assert fuse(model).fused["whole layer"] == 2
