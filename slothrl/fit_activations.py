@@ -14,7 +14,6 @@ from slothrl_kernels.layer_mlp import columns_of
 from slothrl.fit_shape import Shape
 
 LOGPROB_CHUNK = 1024  # tokens whose logits exist at once: `slothrl.logprobs.selective_logprobs`
-CAPPED_TILE = 28  # bytes a logit: seven float32 or their like, traced (tests/unit/test_fit.py)
 TRL_TILE = (4096, 32768)  # tokens x vocabulary entries: TRL 1.16, kernels/chunked_logprob.py and trainer/utils.py
 
 
@@ -119,16 +118,14 @@ def last_norm_bytes(shape: Shape, batch: MicroBatch, width: int) -> int:
 def head_bytes(shape: Shape, batch: MicroBatch, width: int, trainer: str) -> int:
     """What the head takes at the end of the forward.
 
-    GRPO: the hidden states of N tokens and their gradients, 2 e h N, and one tile of logits, e V x 1,024 tokens.
-    With capped logits plain torch runs over a tile, and `CAPPED_TILE` bytes a logit are alive in its backward. SFT
+    GRPO: the hidden states of N tokens and their gradients, 2 e h N, and one tile of logits, e V x 1,024 tokens. SFT
     (TRL's fused head): one tile of `TRL_TILE`, the hidden states, e h N, and their gradient in float32, 4 h N.
     """
     if trainer == "sft":
         rows, columns = min(batch.kept, TRL_TILE[0]), min(shape.vocabulary, TRL_TILE[1])
         return rows * columns * width + (4 + width) * shape.hidden * batch.kept
     tile = min(batch.kept, LOGPROB_CHUNK) * shape.vocabulary
-    logits = tile * CAPPED_TILE if shape.softcap else tile * width
-    return 2 * width * shape.hidden * batch.kept + logits
+    return width * (2 * shape.hidden * batch.kept + tile)
 
 
 def fused_layer_bytes(shape: Shape, batch: MicroBatch, width: int) -> int:
