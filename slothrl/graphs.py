@@ -152,13 +152,15 @@ class LayerGraphs:
         warnings.warn(f"layers run without CUDA graphs from here on: {why}", stacklevel=2)
 
 
-def graph_layers(model: Any, wish: str, recorder: Recorder | None = None) -> Rows:
+def graph_layers(model: Any, wish: str, recorder: Recorder | None = None, beside_vllm: bool = False) -> Rows:
     """Let the whole layers of a fused model run by CUDA graphs as `model.graphs` asks for; rows for the plan table.
 
     Args:
         model: after `fuse`; `unfuse` takes this away too.
         wish: "auto", "on" or "off".
         recorder: in the place of CUDA graphs.
+        beside_vllm: vLLM generates in this process: "auto" makes none then, since its graphs and its sleeping cache
+            beside ours have not been measured.
 
     Raises:
         ValueError: an unknown wish.
@@ -173,6 +175,8 @@ def graph_layers(model: Any, wish: str, recorder: Recorder | None = None) -> Row
     devices = {p.device for p in model.parameters()}
     if why := _why_not(layers, devices, recorder):
         return [("graphs", f"none: {why}")]
+    if beside_vllm and wish == "auto":
+        return [("graphs", "none beside vLLM in this process (model.graphs=on to have them)")]
     graphs = LayerGraphs(wish, recorder or CudaGraphs())
     for layer in layers:
         layer.graphs = graphs

@@ -159,7 +159,8 @@ def _start(prepared: Prepared, arguments, base: Base, output_dir: Path, console:
     if arguments.gradient_checkpointing:
         fused += keep_activations(trainer.model, prepared.config.model.activations)
     if prepared.config.gpu.device == "cuda":
-        fused += graph_layers(trainer.model, prepared.config.model.graphs)
+        vllm = prepared.engine.name == "vllm"
+        fused += graph_layers(trainer.model, prepared.config.model.graphs, beside_vllm=vllm)
     describe(prepared, trainer, base, output_dir, fused).show(console)
     return trainer, attach_engine(prepared, trainer, base, console)
 

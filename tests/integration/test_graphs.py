@@ -228,6 +228,10 @@ def test_wishes(folders):  # noqa: F811
     assert graph_layers(model, "auto") == [("graphs", "none: there is no GPU")]
     assert graph_layers(model, "on", Rerun()) == [("graphs", "none: no layer runs as one step")]
     assert graph_layers(model, "off") == [("graphs", "none (model.graphs=off)")]
+    fuse(model)
+    assert "beside vLLM" in graph_layers(model, "auto", Rerun(), beside_vllm=True)[0][1] and graphs_of(model) is None
+    assert "CUDA graphs of" in graph_layers(model, "on", Rerun(), beside_vllm=True)[0][1]
+    assert graphs_of(model) is not None
     with pytest.raises(ValueError, match="auto, on, off"):
         graph_layers(model, "maybe")
 
