@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_fuse import adapted, folders, step  # noqa: F401
 from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 import slothrl.fuse_layer
 from slothrl import fuse_timing
@@ -50,8 +51,7 @@ def test_what_wins_stays(folders, monkeypatch):  # noqa: F811
     expected, order = step(model), [type(vars(m)["forward"]) for m in model.modules() if "forward" in vars(m)]
     unfuse(model)
     model.zero_grad()
-    attention = model.get_base_model().model.layers[0].self_attn
-    monkeypatch.setattr(type(attention.o_proj), "forward", slowed(type(attention.o_proj).forward))
+    monkeypatch.setattr(Qwen3MLP, "forward", slowed(Qwen3MLP.forward))
     state = torch.get_rng_state()
     report = fuse(model, only_if_faster=True)
     assert torch.equal(torch.get_rng_state(), state)
