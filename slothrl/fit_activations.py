@@ -14,7 +14,6 @@ from slothrl_kernels.layer_mlp import columns_of
 from slothrl.fit_shape import Shape
 
 LOGPROB_CHUNK = 1024  # tokens whose logits exist at once: `slothrl.logprobs.selective_logprobs`
-CAPPED_TILE = 28  # bytes a logit: seven float32 or their like, traced (tests/unit/test_fit.py)
 TRL_TILE = (4096, 32768)  # tokens x vocabulary entries: TRL 1.16, kernels/chunked_logprob.py and trainer/utils.py
 
 
@@ -119,16 +118,14 @@ def last_norm_bytes(shape: Shape, batch: MicroBatch, width: int) -> int:
 def head_bytes(shape: Shape, batch: MicroBatch, width: int, trainer: str) -> int:
     """What the head takes at the end of the forward.
 
-    GRPO: the hidden states of N tokens and their gradients, 2 e h N, and one tile of logits, e V x 1,024 tokens.
-    With capped logits plain torch runs over a tile, and `CAPPED_TILE` bytes a logit are alive in its backward. SFT
+    GRPO: the hidden states of N tokens and their gradients, 2 e h N, and one tile of logits, e V x 1,024 tokens. SFT
     (TRL's fused head): one tile of `TRL_TILE`, the hidden states, e h N, and their gradient in float32, 4 h N.
     """
     if trainer == "sft":
         rows, columns = min(batch.kept, TRL_TILE[0]), min(shape.vocabulary, TRL_TILE[1])
         return rows * columns * width + (4 + width) * shape.hidden * batch.kept
     tile = min(batch.kept, LOGPROB_CHUNK) * shape.vocabulary
-    logits = tile * CAPPED_TILE if shape.softcap else tile * width
-    return 2 * width * shape.hidden * batch.kept + logits
+    return width * (2 * shape.hidden * batch.kept + tile)
 
 
 def fused_layer_bytes(shape: Shape, batch: MicroBatch, width: int) -> int:
@@ -138,11 +135,12 @@ def fused_layer_bytes(shape: Shape, batch: MicroBatch, width: int) -> int:
                            keys, values: norms keep no float32, and the LoRA's inputs are the layers' own
         8 + 4 heads        a scale for each norm and attention's log-sum-exp, in float32
         e 4r               what the A matrices of q, k, v and o give
+        e 2h               with four norms: what o and the MLP gave, before it was normed and added
 
     a token, and e bytes for each entry of an attention mask.
     """
     h, q, v = shape.hidden, shape.query, shape.key_value
-    per_token = width * (3 * h + 2 * q + 2 * v + 4 * shape.rank) + 8 + 4 * shape.heads
+    per_token = width * ((5 if shape.norms == 4 else 3) * h + 2 * q + 2 * v + 4 * shape.rank) + 8 + 4 * shape.heads
     if shape.head_norms:
         per_token += width * (q + v)
     return batch.tokens * per_token + width * batch.mask_cells
@@ -153,9 +151,9 @@ def fused_mlp_bytes(shape: Shape, batch: MicroBatch, width: int, quantized: bool
     product's gradient, 3 e m; the gradients that come in and leave, one of them beside its rank products, 2 e h; a
     token. And the largest matrix unpacked, e n.
 
-    Where whole layers are fused, which are those with two norms, over nf4 weights, and many tokens: t of the m columns
-    at a time (`slothrl_kernels.layer_mlp`), 3 e t, and the gradients that come in, leave and are summed up, 3 e h, a
-    token; and t columns of all three matrices, 3 e t h. Not where gate and up were `kept`.
+    Where layers with two norms are fused, over nf4 weights, and many tokens: t of the m columns at a time
+    (`slothrl_kernels.layer_mlp`), 3 e t, and the gradients that come in, leave and are summed up, 3 e h, a token; and t
+    columns of all three matrices, 3 e t h. Not where gate and up were `kept`, nor where a norm follows: it needs them.
     """
     whole = kept or not quantized or shape.norms != 2
     columns = shape.mlp if whole else columns_of(batch.tokens, shape.mlp, width)
@@ -169,13 +167,14 @@ def graphed_bytes(shape: Shape, batch: MicroBatch, route: Route) -> int:
     """What CUDA graphs of fused layers hold, one layer at a time (`slothrl_kernels.layer_frame`): their frame,
 
         e (3h + 2q + 2v)   the layer's input, q k v, attention's output, the layer's output, a gradient; with norms of q
-                           and k another e (q + 2v); without checkpointing e (h + 2m) for what goes in and out
+                           and k another e (q + 2v); without checkpointing e (h + 2m) for what goes in and out, and
+                           e 2h where each sum has a norm before it
 
     a token, and a pool of their own for what a recorded step holds at its fullest, `fused_mlp_bytes`.
     """
     h, q, v = shape.hidden, shape.query, shape.key_value
     per_token = 3 * h + 2 * q + 2 * v + (q + 2 * v if shape.head_norms else 0)
-    per_token += 0 if route.checkpointing else h + 2 * shape.mlp
+    per_token += 0 if route.checkpointing else (3 if shape.norms == 4 else 1) * h + 2 * shape.mlp
     frame = batch.tokens * route.width * per_token
     return frame + fused_mlp_bytes(shape, batch, route.width, route.quantized)
 
@@ -195,8 +194,8 @@ def layer_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
 
 
 def whole_layers(shape: Shape, fused: bool) -> bool:
-    """Whether fusing makes each layer one step of autograd: one with two norms (`slothrl.fuse_layer_find`)."""
-    return fused and shape.norms == 2
+    """Whether fusing makes each layer one step of autograd: one of two or four norms (`slothrl.fuse_layer_find`)."""
+    return fused and shape.norms in (2, 4)
 
 
 def attention_numbers(shape: Shape, fused: bool) -> int:

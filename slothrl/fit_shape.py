@@ -20,7 +20,6 @@ class Shape:
             other parameters (norms, biases).
         norms: RMS norms of the model's width in one layer, which keep their inputs in float32.
         head_norms: whether queries and keys are normed too (Qwen 3, Gemma 3).
-        softcap: whether the logits are capped, which takes the route of the log-probs that keeps more.
         rank, adapter, adapter_tensors: the LoRA's rank, its values, and the tensors they are in.
     """
 
@@ -37,7 +36,6 @@ class Shape:
     rest: int
     norms: int = 2
     head_norms: bool = False
-    softcap: bool = False
     rank: int = 0
     adapter: int = 0
     adapter_tensors: int = 0
@@ -96,7 +94,6 @@ def shape_of(model: Any, adapter: Any) -> Shape:
         vocabulary=text.vocab_size,
         norms=norms,
         head_norms=head_norms,
-        softcap=getattr(text, "final_logit_softcapping", None) is not None,
         rank=adapter.r,
         adapter=sum(parameter.numel() for parameter in trained),
         adapter_tensors=len(trained),

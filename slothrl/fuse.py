@@ -7,6 +7,7 @@ stay as they are, so that checkpoints, adapters, vLLM's view of the weights and 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ from slothrl.fuse_qk import join_norms
 from slothrl.fuse_replace import Replacement, device_and_dtype, proven, replaced_by_others, trial
 from slothrl.fuse_report import FuseReport
 from slothrl.fuse_rope import FusedRope, rotates_alike, rotation_of
+from slothrl.fuse_timing import time_layer
 from slothrl.fuse_trace import Trace, trace
 from slothrl.plan import Rows
 
@@ -33,7 +35,9 @@ _KEPT = "_slothrl_replacements"  # on the model, for unfuse
 OTHERS = "somebody else replaced its forward"
 
 
-def fuse(model: nn.Module, impl: Impl = "auto", inputs: Mapping[str, Any] | None = None) -> FuseReport:
+def fuse(
+    model: nn.Module, impl: Impl = "auto", inputs: Mapping[str, Any] | None = None, only_if_faster: bool = False
+) -> FuseReport:
     """Put fused layers into `model`, in place: RMSNorm, RoPE, gated MLPs, and linear layers with LoRA.
 
     Call it after PEFT has wrapped the model. Adapters may be disabled, merged, trained and saved afterwards as before;
@@ -43,6 +47,8 @@ def fuse(model: nn.Module, impl: Impl = "auto", inputs: Mapping[str, Any] | None
         model: a causal language model of transformers, PEFT-wrapped or not, or any module.
         impl: "auto" runs Triton where it serves, else plain torch; see `slothrl_kernels`.
         inputs: keyword arguments of a small forward, for a model that does not take `inputs_embeds`.
+        only_if_faster: time the first decoder layer both ways (`fuse_timing`), and leave the model as it was where
+            fusing loses; for a model that takes `inputs_embeds`.
 
     Returns:
         What was fused, what was not and why.
@@ -64,9 +70,28 @@ def fuse(model: nn.Module, impl: Impl = "auto", inputs: Mapping[str, Any] | None
             replacement.install()
         vars(model)[_KEPT] = found
         report.difference = _difference(seen.result, trace(base, inputs).result) if found else None
+        if only_if_faster and found and not seen.failure:
+            _keep_if_faster(model, base, report)
     if seen.failure:
         report.notes.append(f"the model did not run on a sample, so linear layers are fused one by one: {seen.failure}")
     return report
+
+
+def _keep_if_faster(model: nn.Module, base: nn.Module, report: FuseReport) -> None:
+    """Time it, say so, and take everything away where it is slower."""
+    try:
+        timing = time_layer(base, vars(model)[_KEPT])
+    except Exception as error:  # out of memory above all: nobody knows then
+        report.notes.append(f"not timed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}")
+        return
+    if timing is None:
+        return
+    if timing.loses:
+        unfuse(model)
+        report.kept = Counter({(what, "slower fused, by measurement"): n for what, n in report.fused.items()})
+        report.fused.clear()
+        report.difference = None
+    report.notes.append(str(timing))
 
 
 def _whole_layers(
@@ -96,7 +121,8 @@ def fuse_as_asked(model: Any, wish: str, device: str) -> Rows:
     """What `model.fuse` asks for, done; the rows of the plan table that say what came of it.
 
     Args:
-        wish: "auto" fuses where Triton kernels run (`takes_triton`), "on" everywhere, "off" nowhere.
+        wish: "auto" fuses where Triton kernels run (`takes_triton`) and a layer is timed to be no slower so, "on"
+            everywhere, "off" nowhere.
         device: "cpu" or "cuda".
     """
     if wish == "off":
@@ -105,7 +131,7 @@ def fuse_as_asked(model: Any, wish: str, device: str) -> Rows:
         return [
             ("fused", "nothing: Triton kernels do not run here, and plain torch is no faster (model.fuse=on has it)")
         ]
-    return fuse(model).rows()
+    return fuse(model, only_if_faster=wish == "auto").rows()
 
 
 def is_fused(model: nn.Module) -> bool:

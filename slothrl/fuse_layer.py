@@ -69,7 +69,9 @@ class Attend:
 
 
 class FusedLayer(Replacement):
-    """norm, attention, residual, norm, gated MLP, residual.
+    """norm, attention, residual, norm, gated MLP, residual; or with a norm before each sum too (Gemma 2 and 3).
+
+    norms: two, or four, in the order of the forward.
 
     Under transformers' checkpointing it keeps what is to be kept itself; `Direct` then stands before it in the place of
     torch's `checkpoint`.
@@ -124,19 +126,21 @@ class FusedLayer(Replacement):
             return None
         held = [*self.norms, *self.attention.norms]
         norms = [made for norm in held if (made := _norm(norm, x)) is not None]
+        own = norms[: len(self.norms)]
         tables = kwargs.get("position_embeddings") if self.attention.rotates else None
         if len(norms) < len(held) or (self.attention.rotates and not self._fits(tables, x)):
             return None
         attention, count = self.attention, len(self.attention.linears)
-        over = (norms[2].weight, norms[3].weight) if attention.norms else None
+        over = (norms[-2].weight, norms[-1].weight) if attention.norms else None
+        after = (own[1], own[3]) if len(own) == 4 else None
         kind = QKNorm(*attention.norms[0].numbers()) if attention.norms else QKNorm()
         given = {key: value for key, value in kwargs.items() if key not in _TAKEN}
         attend = Attend(attention.module, kwargs.get("attention_mask"), {**attention.options, **given})
         qkv, o, inner, down = projections[: count - 1], projections[count - 1], projections[count:-1], projections[-1]
         shape = (attention.heads, attention.kv_heads, attention.width)
         return LayerParts(
-            norms[0], qkv, *shape, tables, over, kind, attend, o,
-            norms[1], inner, down, self.mlp.activation, keep, self.impl,
+            own[0], qkv, *shape, tables, over, kind, attend, o,
+            own[len(own) // 2], inner, down, self.mlp.activation, keep, self.impl, after,
         )  # fmt: skip
 
     def remove(self) -> None:
@@ -179,11 +183,11 @@ class FusedLayer(Replacement):
         return not any(m.p and m.training for m in self.dropouts)
 
     def _fits(self, tables: Any, x: Tensor) -> bool:
-        """Whether cos and sin are tables as `rope` takes them, over whole heads and in x's dtype."""
+        """Whether cos and sin are tables as `rope` takes them, over whole heads or their beginning, in x's dtype."""
         cos = tables[0] if isinstance(tables, tuple) and len(tables) == 2 else None
         if not isinstance(cos, Tensor) or cos.dim() != 3 or cos.dtype != x.dtype or cos.shape != tables[1].shape:
             return False
-        return cos.size(0) in (1, x.size(0)) and cos.size(1) == x.size(1) and cos.size(2) == self.attention.width
+        return cos.size(0) in (1, x.size(0)) and cos.size(1) == x.size(1) and 0 < cos.size(2) <= self.attention.width
 
 
 class Direct:

@@ -66,8 +66,13 @@ def _candidates(
     rest = [child for child in held if child not in norms and child not in mlps]
     if replaced_by_others(layer) or any(replaced_by_others(m) for m in layer.modules()):
         return "somebody else replaced a forward in it", []
-    if len(own) != 2 or len(rest) != 1 or len(held) != 4 or any(True for _ in layer.parameters(recurse=False)):
-        return "not two norms, an attention and a gated MLP", []
+    if (
+        len(own) not in (2, 4)
+        or len(rest) != 1
+        or len(held) != len(own) + 2
+        or any(True for _ in layer.parameters(recurse=False))
+    ):
+        return "not two or four norms, an attention and a gated MLP", []
     mlp: FusedMLP = next(mlps[child] for child in held if child in mlps)
     attention = _attention(rest[0], seen, norms, asked)
     if isinstance(attention, str):

@@ -75,11 +75,11 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Trace:
     return seen
 
 
-def random_embeddings(model: Any) -> dict[str, Any]:
+def random_embeddings(model: Any, tokens: int = TOKENS) -> dict[str, Any]:
     """What a transformers causal language model takes for input, without tokens."""
     weight = model.get_input_embeddings().weight
     generator = torch.Generator(weight.device).manual_seed(0)
-    x = torch.randn(1, TOKENS, weight.shape[1], generator=generator, device=weight.device).to(weight.dtype)
+    x = torch.randn(1, tokens, weight.shape[1], generator=generator, device=weight.device).to(weight.dtype)
     return {"inputs_embeds": x.requires_grad_(), "use_cache": False}
 
 

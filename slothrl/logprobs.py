@@ -4,7 +4,8 @@ N: tokens, h: hidden size, V: vocabulary, B: sequences, S: prompt + completion p
 
 With a frozen head (LoRA's usual case) the gradient needs no logits either. For one token with label y and p the softmax
 of its logits, d logprob / d hidden = (scale / temperature) * (W[y] - p @ W): a vector of size h, made in the forward
-while the chunk's probabilities are at hand, and kept in place of them. The backward is then one multiplication, and the
+while the chunk's probabilities are at hand, and kept in place of them. Under a softcap each row of W comes with the
+slope of its logit's cap, 1 - tanh^2. The backward is then one multiplication, and the
 head costs 4hV FLOPs a token in all (logits, and p @ W) instead of the 6hV of recomputing the logits in the backward.
 """
 
@@ -94,8 +95,8 @@ def selective_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """log p(label | hidden) for each token, and the entropy of its distribution, `chunk_size` tokens at a time.
 
-    A frozen head without softcap takes the route described at the top of this file. With a trainable head, a softcap or
-    `entropy_grad` the chunks are checkpointed and autograd runs through plain torch: 8hV FLOPs a token or more.
+    A frozen head takes the route described at the top of this file. With a trainable head or `entropy_grad` the chunks
+    are checkpointed and autograd runs through plain torch: 8hV FLOPs a token or more.
 
     Args:
         hidden: (N, h) float; the matmul runs in the head's dtype and everything after it in float32.
@@ -122,15 +123,15 @@ def selective_logprobs(
     hidden, labels = hidden.to(head.weight.device), labels.to(head.weight.device)
     # Autocast would redo the choice of dtype that the docstring promises.
     with torch.autocast(hidden.device.type, enabled=False):
-        if head.trainable or head.softcap is not None or entropy_grad:
+        if head.trainable or entropy_grad:
             if impl == "triton":
-                raise ValueError("impl='triton' needs a frozen head, no softcap and no entropy_grad")
+                raise ValueError("impl='triton' needs a frozen head and no entropy_grad")
             logprobs, entropy = _checkpointed(hidden, labels, head, temperature, chunk_size)
             entropy = entropy if entropy_grad else entropy.detach()
         else:
             softmax = _softmax_over_chunk(hidden, impl)
             logprobs, entropy = _FrozenHead.apply(  # pyright: ignore[reportGeneralTypeIssues]
-                hidden, labels, head, head.scale / temperature, chunk_size, softmax, torch.is_grad_enabled()
+                hidden, labels, head, 1 / temperature, chunk_size, softmax, torch.is_grad_enabled()
             )
     return logprobs, entropy if with_entropy else None
 
@@ -154,9 +155,11 @@ class _FrozenHead(torch.autograd.Function):
             logits = F.linear(hidden[rows].to(head.weight.dtype), head.weight, head.bias)  # (C, V)
             # The probabilities replace the logits in their own memory.
             into = None if slope is None else logits
-            logprobs[rows], entropy[rows], _ = softmax(logits, labels[rows], inv_temperature, into)
+            logprobs[rows], entropy[rows], lse = softmax(
+                logits, labels[rows], inv_temperature, into, head.softcap, head.scale
+            )
             if slope is not None:
-                slope[rows] = _slope(logits, labels[rows], logprobs[rows], head.weight, inv_temperature)
+                slope[rows] = _slope(logits, labels[rows], logprobs[rows], lse, head, inv_temperature)
             del logits, into  # before the next ones are made: a chunk of 128K entries is a quarter of a GiB
         ctx.save_for_backward(slope)
         # clone: two outputs that share a buffer could not be changed in place.
@@ -173,14 +176,21 @@ class _FrozenHead(torch.autograd.Function):
         return grad, None, None, None, None, None, None
 
 
-def _slope(probs: Tensor, labels: Tensor, logprobs: Tensor, weight: Tensor, inv_temperature: float) -> Tensor:
-    """(C, h): d logprob / d hidden = inv_temperature * (onehot - p) @ W. Overwrites the (C, V) probs."""
+def _slope(
+    probs: Tensor, labels: Tensor, logprobs: Tensor, lse: Tensor, head: HeadSpec, inv_temperature: float
+) -> Tensor:
+    """(C, h): d logprob / d hidden = scale * inv_temperature * ((onehot - p) * (1 - tanh^2)) @ W, the tanh under a
+    softcap alone. Overwrites the (C, V) probs, which have that factor already."""
     column = labels.clamp_min(0)[:, None]
     # p - 1 at the label, by expm1 and before rounding: 1 - p in bfloat16 would be 0 or 0.004 for any confident token.
     # The rows left out hold zeros, and keep them.
-    probs.scatter_(1, column, logprobs.expm1().to(probs.dtype)[:, None])
+    chosen = logprobs.expm1()
+    if head.softcap is not None:
+        bent = (logprobs + lse) / (head.softcap * inv_temperature)  # the label's logit over its bound
+        chosen = chosen * (1 - bent.square())
+    probs.scatter_(1, column, chosen.to(probs.dtype)[:, None])
     # alpha inside the product: one rounding, from the float32 accumulator.
-    return torch.addmm(probs.new_zeros(()), probs, weight, beta=0, alpha=-inv_temperature)
+    return torch.addmm(probs.new_zeros(()), probs, head.weight, beta=0, alpha=-head.scale * inv_temperature)
 
 
 def _checkpointed(
@@ -206,10 +216,8 @@ def _plain_chunk(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     logits = F.linear(hidden.to(weight.dtype), weight, bias)  # (C, V)
-    logits = (logits if logits.dtype == torch.float64 else logits.float()) * scale
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    logprobs, entropy, _ = kernels.selective_log_softmax_reference(logits, labels, 1.0 / temperature)
+    capped = {"softcap": softcap, "scale": scale}
+    logprobs, entropy, _ = kernels.selective_log_softmax_reference(logits, labels, 1.0 / temperature, **capped)
     return logprobs, entropy
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from slothrl_kernels import attention_choice
 
 from slothrl.activations import keep_activations
 from slothrl.checkpoint import checkpoints, set_aside, sweep
@@ -127,6 +128,8 @@ def _work(job: Job, console: Console, interrupts: Interrupts) -> Summary:
         train_seconds = train(trainer, prepared, output_dir, job.point, console, interrupts, command)
         if (graphs := graphs_of(trainer.model)) is not None:
             console.print(f"CUDA graphs of layers: {graphs}", markup=False)
+        for line in attention_choice.said():
+            console.print(f"attention over packs: {line}", markup=False)
         after = None if interrupts.number else _score(prepared, trainer, engine, output_dir, command)
         summary = Summary(
             output_dir=str(output_dir),

@@ -28,7 +28,21 @@ class Choice:
     measured: dict[str, float | str]
 
 
-CHOICES: dict[tuple, Choice] = {}  # what was measured in this process; a plan or report may print it
+CHOICES: dict[tuple, Choice] = {}  # what was measured in this process
+
+
+def said() -> list[str]:
+    """`CHOICES` in words, one line a kind of call: which backend is taken, and the milliseconds or error of each."""
+    lines = []
+    for (_, dtype, width, heads, kv_heads, window, softcap, parents, _, tokens, *_), choice in CHOICES.items():
+        features = {"a window": window is not None, "a softcap": softcap, "shared prefixes": parents}
+        kind = ", ".join([f"{heads} heads on {kv_heads} of {width}", *(name for name, has in features.items() if has)])
+        times = "; ".join(
+            f"{impl} {found:.2f} ms" if isinstance(found, float) else f"{impl}: {found}"
+            for impl, found in choice.measured.items()
+        )
+        lines.append(f"{choice.impl} for up to {2**tokens:,} tokens, {kind}, {str(dtype)[6:]} ({times})")
+    return lines
 
 
 def refusal(impl: str, q: Tensor, layout: PackedLayout, rule: Rule) -> str | None:

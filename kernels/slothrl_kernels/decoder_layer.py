@@ -2,8 +2,10 @@
 
     u = x + o(attention(q, k, v of norm(x)))        y = u + down(act(gate) * up), gate and up of norm(u)
 
-The forward runs kernels and GEMMs and no autograd. The backward computes again what was not kept, and never the output
-of down, nor anything behind it: y is no gradient's factor. Attention alone is differentiated by whoever computes it.
+with a norm of what o and down give before it is added, where `LayerParts.after` has them (`layer_residual`).
+
+The forward runs kernels and GEMMs and no autograd. The backward computes again what was not kept, and not the output of
+down where no norm follows it: y is no gradient's factor. Attention alone is differentiated by whoever computes it.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from slothrl_kernels.glu import glu_forward
 from slothrl_kernels.layer_attention import Attended, attend, attend_backward
 from slothrl_kernels.layer_mlp import glu_gradients, product, tiled_backward, tiles_of
 from slothrl_kernels.layer_parts import LayerParts, Norm
+from slothrl_kernels.layer_residual import Added, add_onto, gradient_of_made
 from slothrl_kernels.lora_flat import AdapterGradients, Adapters, adapter_values
 from slothrl_kernels.lora_group import LoraGroup, LoraOnto
 from slothrl_kernels.lora_math import Projection
@@ -47,12 +51,15 @@ def decoder_layer(x: Tensor, parts: LayerParts, save: bool = True) -> Tensor:
 
 
 class _Kept(NamedTuple):
-    """What a forward left for its backward beside x; None: to be computed again. u (M, h), inner (M, 2 F)."""
+    """What a forward left for its backward beside x; None: to be computed again. u (M, h), inner (M, 2 F); of_o and
+    of_down (M, h): what these gave, where a norm follows."""
 
     adapters: list[Adapters] | None = None
     attended: Attended | None = None
     u: Tensor | None = None
     inner: Tensor | None = None
+    of_o: Tensor | None = None
+    of_down: Tensor | None = None
 
 
 class _Normed(NamedTuple):
@@ -73,18 +80,19 @@ class _DecoderLayer(torch.autograd.Function):
         values = adapter_values(parts.groups, flat)
         normed = _normed(flat, parts.first, parts.qkv, values[0], parts)
         attended = attend(normed.group.forward(normed.both), x.shape, parts, watched=keep != "input")
-        u, _ = _onto_residual(LoraOnto(parts.o, values[1], flat, parts.impl), attended.rows, flat)
+        (u, of_o), _ = _onto_residual(LoraOnto(parts.o, values[1], flat, parts.impl), attended.rows, flat, parts)
         attended = attended if keep != "input" else None
         normed = _normed(u, parts.second, parts.inner, values[2], parts)
         down = LoraOnto(parts.down, values[3], flat, parts.impl)
         both, inner = product(normed.group, normed.both, down, parts, kept=keep == "all")
         del normed
+        y, of_down = add_onto(down, both, u, parts.after_down(), parts.impl)
         if follows:
-            ctx.kept = _Kept(values if _holds(flat) else None, attended, *((u, inner) if keep == "all" else ()))
+            all_of_it = (u, inner, of_o, of_down) if keep == "all" else ()
+            ctx.kept = _Kept(values if _holds(flat) else None, attended, *all_of_it)
             ctx.parts, ctx.versions, ctx.held = parts, _versions(adapters), None if save else x
             ctx.save_for_backward(x if save else None)
-        del inner, attended
-        return down.forward(both, u).view(x.shape)
+        return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -111,15 +119,16 @@ def _backward(x: Tensor, to_y: Tensor, parts: LayerParts, kept: _Kept) -> tuple[
         attended = kept.attended
     onto, rows = LoraOnto(parts.o, values[1], x, parts.impl), attended.rows
     if kept.u is None:
-        u, shrunk = _onto_residual(onto, rows, x)
+        (u, of_o), shrunk = _onto_residual(onto, rows, x, parts)
         shrunk = shrunk.contiguous()
     else:
-        u, shrunk = kept.u, onto.shrink(rows)
-    to_u = _mlp_backward(u, to_y, parts, values[2:], kept.inner, onto, gradients.found[2:])  # [du | du B]
+        u, of_o, shrunk = kept.u, kept.of_o, onto.shrink(rows)
+    to_u = _mlp_backward(u, to_y, parts, values[2:], (kept.inner, kept.of_down), onto, gradients.found[2:])
     del u
-    to_rows = onto.input_gradient(to_u)
-    onto.parameter_gradients(rows, shrunk, to_u, gradients.found[1])
-    del rows, shrunk
+    to_o = _before_norm(to_u, of_o, parts, onto)  # [do | do B]
+    to_rows = onto.input_gradient(to_o)
+    onto.parameter_gradients(rows, shrunk, to_o, gradients.found[1])
+    del rows, shrunk, of_o, to_o
     to_qkv = attend_backward(to_rows, attended, shape, parts)
     del to_rows, attended
     to_n, to_xa = normed.group.input_gradient(to_qkv)
@@ -134,15 +143,25 @@ def _mlp_backward(
     to_y: Tensor,
     parts: LayerParts,
     values: list[Adapters],
-    inner: Tensor | None,
+    kept: tuple[Tensor | None, Tensor | None],
     onto: LoraOnto,
     gradients: list[Adapters],
 ) -> Tensor:
-    """A buffer of `onto` with du (M, h) in it; the gradients of the adapters of gate, up and down go into theirs."""
+    """A buffer of `onto` with du (M, h) in it; the gradients of the adapters of gate, up and down go into theirs.
+
+    kept: gate and up (M, 2 F), and what down gave (M, h), as in `_Kept`.
+    """
     normed = _normed(u, parts.second, parts.inner, values[0], parts)
     down = LoraOnto(parts.down, values[1], u, parts.impl)
+    inner, of_down = kept
+    if parts.after is not None and of_down is None:
+        inner, of_down = _down_again(normed, down, parts)
     upstream = down.buffer(u.size(0))
-    upstream[:, : u.size(1)] = to_y
+    if parts.after is None or of_down is None:
+        upstream[:, : u.size(1)] = to_y
+    else:
+        gradient_of_made(to_y, of_down, parts.after[1], upstream[:, : u.size(1)], parts.impl)
+    del of_down, kept
     if inner is None and len(tiles_of(parts, u)) > 1:
         to_n = tiled_backward(normed.group, normed.both, down, upstream, parts, gradients)
     else:
@@ -150,6 +169,24 @@ def _mlp_backward(
     del upstream
     out = onto.buffer(u.size(0))  # no sooner: gate, up and their weights are what a layer needs most memory for
     _norm_backward(to_n, to_y, u, normed.r, parts.second, parts, out[:, : u.size(1)])
+    return out
+
+
+def _down_again(normed: _Normed, down: LoraOnto, parts: LayerParts) -> tuple[Tensor, Tensor]:
+    """gate and up (M, 2 F), all at once since h needs them whole, and what down gives (M, h): its norm's input."""
+    tokens = normed.both.size(0)
+    inner, h = normed.group.forward(normed.both, tokens >= HOLD * normed.group.inputs), down.input_buffer(tokens)
+    gate, up = inner.chunk(2, 1)
+    glu_forward(gate, up, parts.activation, parts.impl, h[:, : down.inputs])
+    return inner, down.forward(h, None)
+
+
+def _before_norm(to_u: Tensor, of_o: Tensor | None, parts: LayerParts, onto: LoraOnto) -> Tensor:
+    """A buffer of `onto` with the gradient of what o gave (M, h), from one with du: that one, where no norm follows."""
+    if parts.after is None or of_o is None:
+        return to_u
+    out = onto.buffer(to_u.size(0))
+    gradient_of_made(to_u[:, : onto.outputs], of_o, parts.after[0], out[:, : onto.outputs], parts.impl)
     return out
 
 
@@ -183,11 +220,11 @@ def _normed(x: Tensor, norm: Norm, group: Sequence[Projection], adapters: Adapte
     return _Normed(projections, both, rms_norm_forward(x, None, *options, parts.impl, both[:, : x.size(1)])[2])
 
 
-def _onto_residual(onto: LoraOnto, rows: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """residual + the projection of rows (M, K), and their x A'^T (M, R), a view into all of the GEMM's input."""
+def _onto_residual(onto: LoraOnto, rows: Tensor, residual: Tensor, parts: LayerParts) -> tuple[Added, Tensor]:
+    """residual + what o makes of rows (M, K), and their x A'^T (M, R), a view into all of the GEMM's input."""
     both = onto.input_buffer(rows.size(0))
     both[:, : onto.inputs] = rows
-    return onto.forward(both, residual), both[:, onto.inputs :]
+    return add_onto(onto, both, residual, parts.after_o(), parts.impl), both[:, onto.inputs :]
 
 
 def _holds(x: Tensor) -> bool:

@@ -20,6 +20,7 @@ from slothrl_kernels.layer_recorder import Recorder, Replay
 from slothrl_kernels.layer_steps import LayerSteps, turned_in
 from slothrl_kernels.lora_flat import views_of_gradients
 
+KEPT = ("u", "inner", "of_o", "of_down")  # of a frame and of `_Kept`: what a layer that keeps all gives away
 GRAIN = 16  # the fewest rows two buckets are apart, and into how many an octave is divided
 
 
@@ -52,7 +53,7 @@ def bucket(tokens: int) -> int:
 
 def addresses(parts: LayerParts) -> tuple:
     """Where a layer's weights and adapters are in memory, with its scalings: a recording reads them there."""
-    found: list[Any] = [norm.data_ptr() for norm in (parts.first.weight, parts.second.weight, *(parts.norms or ()))]
+    found: list[Any] = [weight.data_ptr() for weight in parts.norm_weights()]
     for p in parts.projections:
         weight = p.weight.data_ptr() if isinstance(p.weight, Tensor) else id(p.weight)  # held by the recording
         found += [weight, *(None if t is None else t.data_ptr() for t in (p.bias, p.a, p.b)), p.scaling]
@@ -107,9 +108,10 @@ class _GraphedLayer(torch.autograd.Function):
         attended = attention(turned_in(frame, x.shape, parts, keep != "input"), parts, keep != "input")
         frame.fill("rows", attended.rows)
         recorded.after()
-        frame.wrote(rows, "state", "u", "inner")
+        frame.wrote(rows, "state", *KEPT)
         if follows:
-            kept = [frame.rows(name, tokens).clone() for name in (("u", "inner") if keep == "all" else ())]
+            names = KEPT[: 2 if parts.after is None else 4] if keep == "all" else ()
+            kept = [frame.rows(name, tokens).clone() for name in names]
             ctx.kept = _Kept(None, attended if keep != "input" else None, *kept)
             ctx.parts, ctx.recorded, ctx.versions = parts, recorded, _versions(adapters)
             ctx.held = None if save else x
@@ -145,7 +147,8 @@ def _replayed(
         attended = attention(turned_in(frame, x.shape, parts, copied=False), parts, watched=True)
     else:
         attended = kept.attended
-    for name, source in (("rows", attended.rows), ("state", to_y), ("u", kept.u), ("inner", kept.inner)):
+    given = zip(KEPT, (kept.u, kept.inner, kept.of_o, kept.of_down), strict=True)
+    for name, source in (("rows", attended.rows), ("state", to_y), *given):
         if source is not None:
             frame.fill(name, source)
     recorded.middle()

@@ -25,7 +25,7 @@ def frame_widths(parts: LayerParts, x: Tensor) -> dict[str, int]:
     x: the layer's input. qkv: as projected, and rotated where no norms come first. turned: normed and rotated, later
     the gradient of q, k and v, which takes qkv's place without norms. rows: attention's output, then its gradient.
     state: the layer's output, then that one's gradient, then the input's. to_u: the gradient after attention. u, inner:
-    what a layer that keeps all gives away and gets back. cos, sin.
+    what a layer that keeps all gives away and gets back, with what o and down gave where norms follow. cos, sin.
     """
     hidden, wide = x.size(-1), parts.heads * parts.width
     qkv = wide + 2 * parts.kv_heads * parts.width
@@ -34,6 +34,7 @@ def frame_widths(parts: LayerParts, x: Tensor) -> dict[str, int]:
         widths["turned"] = qkv
     if parts.keep == "all":
         widths |= {"u": hidden, "inner": sum(p.weight.shape[0] for p in parts.inner)}
+        widths |= {"of_o": hidden, "of_down": hidden} if parts.after is not None else {}
     if parts.tables is not None:
         widths |= {"cos": parts.tables[0].size(-1), "sin": parts.tables[1].size(-1)}
     return widths

@@ -40,6 +40,7 @@ class LayerParts(NamedTuple):
     keep: what the backward finds: the layer's input alone; attention's inputs and output too; or all that takes a large
         GEMM to compute.
     impl: of the kernels.
+    after: norms over h of what o and what down give, before that is added to the stream (Gemma 2 and 3), or None.
     """
 
     first: Norm
@@ -58,6 +59,7 @@ class LayerParts(NamedTuple):
     activation: Activation
     keep: Keep
     impl: Impl
+    after: tuple[Norm, Norm] | None = None
 
     @property
     def groups(self) -> list[tuple[Projection, ...]]:
@@ -67,6 +69,16 @@ class LayerParts(NamedTuple):
     @property
     def projections(self) -> tuple[Projection, ...]:
         return (*self.qkv, self.o, *self.inner, self.down)
+
+    def norm_weights(self) -> list[Tensor]:
+        """Of all its norms."""
+        return [norm.weight for norm in (self.first, self.second, *(self.after or ()))] + list(self.norms or ())
+
+    def after_o(self) -> Norm | None:
+        return None if self.after is None else self.after[0]
+
+    def after_down(self) -> Norm | None:
+        return None if self.after is None else self.after[1]
 
     def adapters(self) -> list[Tensor | None]:
         """A_1, B_1, A_2, …: what gets gradients."""
@@ -81,10 +93,9 @@ class LayerParts(NamedTuple):
             raise ValueError(f"x {tuple(x.shape)} and projections of {inputs} inputs, {qkv} for q, k, v do not fit")
         if tuple(self.o.weight.shape) != (h, wide) or tuple(self.down.weight.shape) != (h, inner // 2):
             raise ValueError(f"o {tuple(self.o.weight.shape)} or down {tuple(self.down.weight.shape)} do not fit")
-        norms = [self.first.weight, self.second.weight, *(self.norms or ())]
         if self.norms is not None and self.tables is None:
             raise ValueError("norms of q and k without a rotation after them")
         biases = [p.bias for p in self.projections if p.bias is not None]
         weights = [p.weight for p in self.projections if isinstance(p.weight, Tensor)]
-        if any(t.requires_grad for t in (*norms, *biases, *weights)):
+        if any(t.requires_grad for t in (*self.norm_weights(), *biases, *weights)):
             raise ValueError("only adapters get gradients: freeze norms, biases and weights, or use plain torch")

@@ -23,9 +23,15 @@ def decoder_layer_reference(x: Tensor, parts: LayerParts) -> Tensor:
     if parts.tables is not None:
         q, k = rope_reference(q, k, *parts.tables)
     out = parts.attend(q, k, v).reshape(batch, length, -1)
-    u = x + lora_linear_reference(out, [parts.o])[0]
+    u = x + _after(lora_linear_reference(out, [parts.o])[0], parts.after_o())
     gate, up = torch.cat(lora_linear_reference(_norm(u, parts.second), parts.inner), -1).chunk(2, -1)
-    return u + lora_linear_reference(glu_reference(gate, up, parts.activation), [parts.down])[0]
+    return u + _after(
+        lora_linear_reference(glu_reference(gate, up, parts.activation), [parts.down])[0], parts.after_down()
+    )
+
+
+def _after(made: Tensor, norm: Norm | None) -> Tensor:
+    return made if norm is None else _norm(made, norm)
 
 
 def _norm(x: Tensor, norm: Norm) -> Tensor:

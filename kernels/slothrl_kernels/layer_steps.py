@@ -14,11 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slothrl_kernels.decoder_layer import _mlp_backward, _norm_backward, _normed, _onto_residual
+from slothrl_kernels.decoder_layer import _before_norm, _mlp_backward, _norm_backward, _normed, _onto_residual
 from slothrl_kernels.layer_attention import Turned, heads_of, rows_of_heads, turn, turn_back
 from slothrl_kernels.layer_frame import Frame
 from slothrl_kernels.layer_mlp import product
 from slothrl_kernels.layer_parts import LayerParts
+from slothrl_kernels.layer_residual import add_onto
 from slothrl_kernels.lora_flat import AdapterGradients, adapter_values
 from slothrl_kernels.lora_group import LoraOnto
 
@@ -53,7 +54,7 @@ class LayerSteps:
     def after(self) -> None:
         x, parts = self.rows("x"), self.parts
         values = adapter_values(parts.groups[1:], x)
-        u, _ = _onto_residual(LoraOnto(parts.o, values[0], x, parts.impl), self.rows("rows"), x)
+        (u, of_o), _ = _onto_residual(LoraOnto(parts.o, values[0], x, parts.impl), self.rows("rows"), x, parts)
         normed = _normed(u, parts.second, parts.inner, values[1], parts)
         down = LoraOnto(parts.down, values[2], x, parts.impl)
         both, inner = product(normed.group, normed.both, down, parts, kept=parts.keep == "all")
@@ -61,7 +62,11 @@ class LayerSteps:
             self.rows("u").copy_(u)
             self.rows("inner").copy_(inner)
         del normed, inner
-        self.rows("state").copy_(down.forward(both, u))
+        y, of_down = add_onto(down, both, u, parts.after_down(), parts.impl)
+        if parts.keep == "all" and of_o is not None and of_down is not None:
+            self.rows("of_o").copy_(of_o)
+            self.rows("of_down").copy_(of_down)
+        self.rows("state").copy_(y)
 
     def middle(self) -> None:
         x, parts, rows = self.rows("x"), self.parts, self.rows("rows")
@@ -70,14 +75,16 @@ class LayerSteps:
         onto = LoraOnto(parts.o, values[0], x, parts.impl)
         if parts.keep == "all":
             u, inner, shrunk = self.rows("u"), self.rows("inner"), onto.shrink(rows)
+            of_o, of_down = (None if parts.after is None else self.rows(name) for name in ("of_o", "of_down"))
         else:
-            u, shrunk = _onto_residual(onto, rows, x)
-            inner, shrunk = None, shrunk.contiguous()
+            (u, of_o), shrunk = _onto_residual(onto, rows, x, parts)
+            inner, of_down, shrunk = None, None, shrunk.contiguous()
         to_y = self.rows("state")
-        to_u = _mlp_backward(u, to_y, parts, values[1:], inner, onto, gradients.found[1:])  # [du | du B]
-        del u, inner
-        to_rows = onto.input_gradient(to_u)
-        onto.parameter_gradients(rows, shrunk, to_u, gradients.found[0])
+        to_u = _mlp_backward(u, to_y, parts, values[1:], (inner, of_down), onto, gradients.found[1:])
+        del u, inner, of_down
+        to_o = _before_norm(to_u, of_o, parts, onto)  # [do | do B]
+        to_rows = onto.input_gradient(to_o)
+        onto.parameter_gradients(rows, shrunk, to_o, gradients.found[0])
         rows.copy_(to_rows)
         self.rows("to_u").copy_(to_u[:, : x.size(1)])
         self.frame.found[self.frame.first :].copy_(gradients.flat)

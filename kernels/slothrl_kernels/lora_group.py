@@ -138,7 +138,7 @@ class LoraGroup:
 
 
 class LoraOnto:
-    """One projection, K -> N, whose result is added to a residual. Arguments as of `LoraGroup`."""
+    """One projection, K -> N, whose result is added to a residual, or is to be. Arguments as of `LoraGroup`."""
 
     def __init__(self, projection: Projection, adapters: Adapters, like: Tensor, impl: Impl) -> None:
         self.projection, self.like = projection, like
@@ -151,8 +151,8 @@ class LoraOnto:
         """Memory for [x | x A'^T] (M, K + R)."""
         return self.like.new_empty(tokens, self.inputs + self.rank)
 
-    def forward(self, both: Tensor, residual: Tensor) -> Tensor:
-        """residual + y (M, N), a new tensor, of both (M, K + R), whose right columns are written here.
+    def forward(self, both: Tensor, residual: Tensor | None) -> Tensor:
+        """residual + y, or y alone (M, N), a new tensor, of both (M, K + R), whose right columns are written here.
 
         One GEMM, and one rounding in the residual's size: a second would show in the stream of all layers.
         """
@@ -165,10 +165,10 @@ class LoraOnto:
             if self.b is not None:
                 y.addmm_(xa[:, : p.rank], self.b.T)
             y = y if p.bias is None else y.add_(p.bias.detach())
-            return y.add_(residual)
+            return y if residual is None else y.add_(residual)
         whole = both.new_empty(self.outputs, inputs + self.rank)  # [W | B]
         unpack_group([Part(p.weight, self.b)], whole, impl=self.impl)
-        y = torch.addmm(residual, both, whole.T)
+        y = both @ whole.T if residual is None else torch.addmm(residual, both, whole.T)
         return y if p.bias is None else y.add_(p.bias.detach())
 
     def shrink(self, x: Tensor) -> Tensor | None:

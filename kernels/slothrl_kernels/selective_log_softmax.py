@@ -1,8 +1,14 @@
 """Log-probability of one label a row, entropy and log-normalizer, and the probabilities on request.
 
-With x = logits * inv_temperature, N rows over a vocabulary of V:
+With x = logits * scale * inv_temperature, N rows over a vocabulary of V:
 
     lse = log sum_v exp(x_v)      logprob = x_label - lse      entropy = lse - sum_v p_v x_v,  p = softmax(x)
+
+With a softcap c (Gemma 2, arXiv:2408.00118, section 2) x = c tanh(logits * scale / c) * inv_temperature, and
+
+    d logprob / d (logits * scale * inv_temperature) = (onehot - p) (1 - tanh^2)
+
+whose second part, p (1 - tanh^2), takes the place of the probabilities.
 
 The kernel is one pass over a row (two with probabilities): the online softmax of Milakov and Gimelshein
 (arXiv:1805.02867) with a third running sum for the entropy.
@@ -26,7 +32,12 @@ MAX_BLOCK = 4096  # vocabulary entries a program holds at once: 16 a thread with
 
 
 def selective_log_softmax_reference(
-    logits: Tensor, labels: Tensor, inv_temperature: float = 1.0, probs_out: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    inv_temperature: float = 1.0,
+    probs_out: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The plain-torch truth of `selective_log_softmax`; differentiable as long as `probs_out` is not given.
 
@@ -36,8 +47,10 @@ def selective_log_softmax_reference(
         ValueError: shapes or dtypes that do not fit.
         RuntimeError: a label outside of the vocabulary (IndexError or a device assert, as torch.gather has it).
     """
-    _check(logits, labels, probs_out)
-    x = (logits if logits.dtype == torch.float64 else logits.float()) * inv_temperature  # (N, V)
+    _check(logits, labels, probs_out, softcap)
+    x = (logits if logits.dtype == torch.float64 else logits.float()) * scale  # (N, V)
+    bent = None if softcap is None else torch.tanh(x / softcap)
+    x = (x if bent is None or softcap is None else bent * softcap) * inv_temperature
     ignored = labels == IGNORE_LABEL  # (N,)
     lse = x.logsumexp(-1)  # (N,)
     log_probs = x - lse[:, None]  # (N, V)
@@ -46,20 +59,29 @@ def selective_log_softmax_reference(
     # A logit of -inf has p = 0 and no part in the entropy; unclamped it would be 0 * -inf.
     entropy = -(probs * log_probs.clamp_min(torch.finfo(x.dtype).min)).sum(-1)
     if probs_out is not None:
+        probs = probs if bent is None else probs * (1 - bent.square())
         probs_out.copy_(probs.masked_fill(ignored[:, None], 0.0))
     return chosen.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0), lse.masked_fill(ignored, 0.0)
 
 
 def selective_log_softmax(
-    logits: Tensor, labels: Tensor, inv_temperature: float = 1.0, probs_out: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    inv_temperature: float = 1.0,
+    probs_out: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same in one Triton kernel; nothing of size (N, V) is allocated, and there is no autograd.
 
     Args:
         logits: (N, V) float32, bfloat16 or float16, any V, unit stride within a row.
         labels: (N,) int64; -100 leaves a row out.
-        inv_temperature: positive factor on the logits: 1 / temperature, times the model's own logit scale.
+        inv_temperature: 1 / temperature, positive.
         probs_out: (N, V) of the logits' dtype, receives softmax(x), 0 in the rows left out; may be `logits` itself.
+            With a softcap softmax(x) (1 - tanh^2), which the gradient takes.
+        softcap: positive bound of the scaled logits, or None.
+        scale: the model's own factor on the logits, before the softcap.
 
     Returns:
         logprob (N,), entropy (N,), lse (N,): float32, nats; 0 in the rows left out. A label outside of the vocabulary
@@ -71,7 +93,7 @@ def selective_log_softmax(
     """
     if not HAS_TRITON:
         raise RuntimeError("selective_log_softmax needs Triton; selective_log_softmax_reference does not")
-    _check(logits, labels, probs_out)
+    _check(logits, labels, probs_out, softcap)
     if logits.dtype == torch.float64:
         raise ValueError("the kernel works in float32: float64 logits need selective_log_softmax_reference")
     rows, vocab = logits.shape
@@ -89,7 +111,9 @@ def selective_log_softmax(
             logits.stride(0) if probs_out is None else probs_out.stride(0),
             rows,
             vocab,
-            float(inv_temperature),
+            float(inv_temperature * scale if softcap is None else scale / softcap),
+            float(1.0 if softcap is None else softcap * inv_temperature),
+            SOFTCAP=softcap is not None,
             IGNORE=IGNORE_LABEL,
             WRITE_PROBS=probs_out is not None,
             BLOCK=block,
@@ -98,7 +122,9 @@ def selective_log_softmax(
     return out[0], out[1], out[2]
 
 
-def _check(logits: Tensor, labels: Tensor, probs_out: Tensor | None) -> None:
+def _check(logits: Tensor, labels: Tensor, probs_out: Tensor | None, softcap: float | None) -> None:
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be above 0, not {softcap}")
     if logits.dim() != 2 or not logits.is_floating_point():
         raise ValueError(f"logits must be (N, V) floats, not {tuple(logits.shape)} {logits.dtype}")
     if labels.shape != logits.shape[:1] or labels.dtype != torch.int64 or labels.device != logits.device:
@@ -111,16 +137,32 @@ def _check(logits: Tensor, labels: Tensor, probs_out: Tensor | None) -> None:
 
 
 @jit
-def _load_scaled(logits, column, vocab, inv_temperature):
+def _load_scaled(logits, column, vocab, inner, outer, SOFTCAP: tl.constexpr):
     """x in float32 at these columns of a row; -inf beyond the vocabulary, which adds nothing to any sum."""
-    return tl.load(logits + column, mask=column < vocab, other=-float("inf")).to(tl.float32) * inv_temperature
+    x = tl.load(logits + column, mask=column < vocab, other=-float("inf")).to(tl.float32) * inner
+    if SOFTCAP:
+        x = tl.where(column < vocab, _tanh(x) * outer, -float("inf"))
+    return x
 
 
 @jit
-def _write_probs(probs, logits, columns, vocab, inv_temperature, peak, total, kept, BLOCK: tl.constexpr):
+def _tanh(x):
+    small = tl.exp(-2.0 * tl.abs(x))  # no overflow
+    bent = (1.0 - small) / (1.0 + small)
+    return tl.where(x < 0, -bent, bent)
+
+
+@jit
+def _write_probs(
+    probs, logits, columns, vocab, inner, outer, peak, total, kept, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr
+):
     for start in range(0, vocab, BLOCK):
         column = start + columns
-        p = tl.exp(_load_scaled(logits, column, vocab, inv_temperature) - peak) / total
+        x = _load_scaled(logits, column, vocab, inner, outer, SOFTCAP)
+        p = tl.exp(x - peak) / total
+        if SOFTCAP:
+            bent = x / outer
+            p = tl.where(column < vocab, p * (1.0 - bent * bent), 0.0)
         tl.store(probs + column, tl.where(kept, p, 0.0).to(probs.dtype.element_ty), mask=column < vocab)
 
 
@@ -134,7 +176,9 @@ def _selective_log_softmax_kernel(
     probs_stride,
     rows,
     vocab,
-    inv_temperature,
+    inner,
+    outer,
+    SOFTCAP: tl.constexpr,
     IGNORE: tl.constexpr,
     WRITE_PROBS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -151,7 +195,7 @@ def _selective_log_softmax_kernel(
     chosen = tl.zeros((BLOCK,), tl.float32)  # x at the label's column, 0 in all others
     for start in range(0, vocab, BLOCK):
         column = start + columns
-        x = _load_scaled(logits, column, vocab, inv_temperature)
+        x = _load_scaled(logits, column, vocab, inner, outer, SOFTCAP)
         new_peak = tl.maximum(peak, tl.max(x, 0))
         shrink = tl.exp(peak - new_peak)
         shifted = x - new_peak
@@ -172,4 +216,4 @@ def _selective_log_softmax_kernel(
     tl.store(out + 2 * rows + row, tl.where(kept, peak + log_total, 0.0))
 
     if WRITE_PROBS:
-        _write_probs(probs, logits, columns, vocab, inv_temperature, peak, total, kept, BLOCK)
+        _write_probs(probs, logits, columns, vocab, inner, outer, peak, total, kept, SOFTCAP, BLOCK)

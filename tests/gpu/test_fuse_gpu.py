@@ -87,7 +87,11 @@ def test_mlp_against_float64(recompute):
     assert_no_worse(ours, lambda x, g: lora_mlp_reference(x, g[:2], g[2]), group)
 
 
-LAYERS = {"8b": (4096, 14336, 32, 8, False), "0.6b": (1024, 3072, 16, 8, True)}  # h, F, heads of 128, q and k normed
+LAYERS = {  # h, F, heads of 128, q and k normed
+    "8b": (4096, 14336, 32, 8, False),
+    "0.6b": (1024, 3072, 16, 8, True),
+    "four norms": (1152, 6912, 8, 4, True),
+}
 
 
 def layer_of(shape, keep):
@@ -97,7 +101,8 @@ def layer_of(shape, keep):
     sizes = [(q, width), (kv, width), (kv, width), (width, q), (inner, width), (inner, width), (width, inner)]
     group = [projection(*size, seed) for seed, size in enumerate(sizes)]
     generator = torch.Generator("cuda").manual_seed(3)
-    weights = [1 + 0.1 * torch.randn(n, device="cuda", generator=generator) for n in (width, width, 128, 128)]
+    counts = (width, width, 128, 128, width, width)
+    weights = [1 + 0.1 * torch.randn(n, device="cuda", generator=generator) for n in counts]
     angle = torch.arange(TOKENS, device="cuda")[:, None] * 10000 ** (-torch.arange(64, device="cuda") / 64)
     angle = torch.cat([angle, angle], 1)[None]
 
@@ -106,12 +111,13 @@ def layer_of(shape, keep):
         return out.transpose(1, 2)
 
     def layer(function, x, group):
-        first, second, norm_q, norm_k = (w.bfloat16().to(x.dtype) for w in weights)
+        first, second, norm_q, norm_k, *last = (w.bfloat16().to(x.dtype) for w in weights)
+        after = tuple(Norm(w, 1e-6, 0.0, False) for w in last) if "four" in shape else None
         tables = (angle.cos().bfloat16().to(x.dtype), angle.sin().bfloat16().to(x.dtype))
         qkv, o, inner, down = tuple(group[:3]), group[3], tuple(group[4:6]), group[6]
         parts = LayerParts(
             Norm(first, 1e-6, 0.0, True), qkv, heads, kv_heads, 128, tables, (norm_q, norm_k) if normed else None,
-            QKNorm(), attend, o, Norm(second, 1e-6, 0.0, True), inner, down, "silu", keep, "auto",
+            QKNorm(), attend, o, Norm(second, 1e-6, 0.0, True), inner, down, "silu", keep, "auto", after,
         )  # fmt: skip
         return function(x.view(-1, TOKENS, width), parts).view(-1, width)
 

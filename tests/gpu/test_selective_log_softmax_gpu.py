@@ -22,16 +22,17 @@ def cuda_case(rows: int, vocab: int, dtype: torch.dtype) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize("vocab", [63, 100, 2000, 49152, 151936, 151937])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("in_place", [False, True])
-def test_error_budget(vocab, dtype, in_place):
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_error_budget(vocab, dtype, in_place, softcap):
     from slothrl_kernels import selective_log_softmax, selective_log_softmax_reference
 
     logits, labels = cuda_case(64, vocab, dtype)
     exact_probs = torch.full_like(logits, float("nan"), dtype=torch.float64)
     plain_probs = torch.full_like(logits, float("nan"))
-    exact = selective_log_softmax_reference(logits.double(), labels, 1 / 0.9, exact_probs)
-    plain = selective_log_softmax_reference(logits, labels, 1 / 0.9, plain_probs)
+    exact = selective_log_softmax_reference(logits.double(), labels, 1 / 0.9, exact_probs, softcap)
+    plain = selective_log_softmax_reference(logits, labels, 1 / 0.9, plain_probs, softcap)
     probs = logits if in_place else torch.full_like(logits, float("nan"))
-    ours = selective_log_softmax(logits, labels, 1 / 0.9, probs)
+    ours = selective_log_softmax(logits, labels, 1 / 0.9, probs, softcap)
     for truth, reference, kernel in zip((*exact, exact_probs), (*plain, plain_probs), (*ours, probs), strict=True):
         assert kernel.isfinite().all()
         allowed = (reference.double() - truth).abs().max() + TOLERANCE * max(1.0, truth.abs().max().item())

@@ -80,12 +80,11 @@ def test_families_in_float32(family, folders):
     model = adapted(folders(family))
     plain, keys = step(model), list(model.state_dict())
     report = fuse(model)
-    whole = not family.startswith("gemma")  # norms on what attention and MLP give
-    assert list(model.state_dict()) == keys and not report.kept and (not report.notes) == whole
+    assert list(model.state_dict()) == keys and not report.kept and not report.notes
     rope = "QK-norm + RoPE" if family in JOINED else "RoPE"
     parts = PHI3 if family == "phi3" else GROUPS - {"RoPE"} | {rope}
-    assert set(report.fused) == (parts | {"whole layer"} if whole else parts)
-    assert report.fused["gated MLP"] == report.fused[rope] == 2
+    assert set(report.fused) == parts | {"whole layer"}
+    assert report.fused["gated MLP"] == report.fused[rope] == report.fused["whole layer"] == 2
     assert report.difference is not None and report.difference < 1e-6
     assert_same(step(model), plain)
     unfuse(model)
@@ -233,6 +232,23 @@ def test_dora_stays_with_its_reason(folders):
     assert set(report.fused) == {"RMSNorm", "RoPE"}
     assert report.kept[("q_proj", "a LoRA variant (DoRA and the like)")] == 2
     assert_same(step(model), plain, 1e-4)
+
+
+def test_without_adapters_all_weights_train(folders):
+    """A plain transformers model: norms and rotation fuse, and every parameter has its gradient."""
+    torch.manual_seed(0)
+    with making_models():
+        model = AutoModelForCausalLM.from_pretrained(folders("gemma3"), dtype=torch.float32).train()
+    keep_plain(model)
+    plain = step(model)
+    report = fuse(model)
+    assert set(report.fused) == {"RMSNorm", "QK-norm + RoPE"} and report.difference < 1e-6
+    assert report.kept == {("Gemma3MLP", "no LoRA in it"): 2}
+    ours = step(model)
+    assert len(ours[1]) == sum(1 for _ in model.parameters())
+    assert_same(ours, plain)
+    unfuse(model)
+    assert torch.equal(step(model)[0], plain[0])
 
 
 def test_one_instance_and_no_other(folders):

@@ -141,6 +141,21 @@ def test_inputs_of_the_gemm_compile(capability):
     assert ("griddepcontrol.launch_dependents" in compiled.asm["ptx"]) == (capability == 90)
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("softcap", [False, True])
+def test_log_softmax_with_and_without_a_softcap(softcap, capability):
+    """The cap costs no memory: the same vectors in and out, nothing spilled."""
+    from slothrl_kernels.selective_log_softmax import _selective_log_softmax_kernel
+
+    pointers = {"logits": "*bf16", "labels": "*i64", "out": "*fp32", "probs": "*bf16", "inner": "fp32", "outer": "fp32"}
+    constants = {"SOFTCAP": softcap, "IGNORE": -100, "WRITE_PROBS": True, "BLOCK": 4096}
+    integers = ("logits_stride", "probs_stride", "rows", "vocab")
+    kernel = _selective_log_softmax_kernel
+    compiled = compile_kernel(kernel, pointers, integers, constants, capability, num_warps=8)
+    assert instructions(compiled, r"st\.global\.v4\.b32") == 2 and instructions(compiled, r"\.local") == 0
+    assert instructions(compiled, r"ld\.global\.v4\.b32") == 4
+
+
 @pytest.mark.parametrize("activation", [0, 1, 2], ids=["silu", "gelu", "gelu_tanh"])
 def test_gradients_of_a_glu_with_its_value_again(activation):
     """Three loads, three stores of vectors, and nothing spilled."""

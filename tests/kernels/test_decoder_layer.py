@@ -39,7 +39,7 @@ def case(kind, shapes=SHAPES, tokens=(2, 7), device="cpu"):
     return [None if t is None else t.to(device) for t in tensors], weights
 
 
-def called(function, weights, keep="input", impl="torch", biases=False, heads_normed=False, rotated=True):
+def called(function, weights, keep="input", impl="torch", biases=False, heads_normed=False, rotated=True, after=False):
     def call(x, *flat):
         like = {"dtype": x.dtype, "device": x.device}
         bias = [values(w.shape[0], seed=i).to(**like) if biases else None for i, w in enumerate(weights)]
@@ -50,9 +50,10 @@ def called(function, weights, keep="input", impl="torch", biases=False, heads_no
         first, second = (Norm(1 + values(64, seed=s).to(**like), 1e-5, 0.0, True) for s in (31, 32))
         over = [values(16, seed=s).to(**like) for s in (33, 34)] if heads_normed else None
         tables = [t.to(**like) for t in angles(1, x.size(1), 16)] if rotated else None
+        follow = tuple(Norm(values(64, seed=s).to(**like), 1e-6, 1.0, False) for s in (35, 36)) if after else None
         parts = LayerParts(
             first, tuple(qkv), 4, 2, 16, tables, over, QKNorm(1e-6, 1.0, False), attend, o, second, tuple(inner), down,
-            "silu", keep, impl,
+            "silu", keep, impl, follow,
         )  # fmt: skip
         return function(x, parts)
 
@@ -69,6 +70,24 @@ def test_error_budget(kind, keep):
     tensors, weights = case(kind)
     options = {"biases": True, "heads_normed": keep != "attention"}
     ours, truth = called(decoder_layer, weights, keep, **options), called(decoder_layer_reference, weights, **options)
+    budget_of(ours, truth, tensors, wanted_of(tensors), [values(2, 7, 64, seed=20)])
+
+
+@pytest.mark.parametrize("keep", ["input", "attention", "all"])
+@pytest.mark.parametrize("kind", ["nf4", "dense"])
+def test_norms_before_the_sums(kind, keep):
+    """As in Gemma 2 and 3: what o and down give is normed before it is added."""
+    tensors, weights = case(kind, JOINT if keep == "attention" else SHAPES)
+    options = {"biases": keep != "all", "after": True}
+    ours, truth = called(decoder_layer, weights, keep, **options), called(decoder_layer_reference, weights, **options)
+    budget_of(ours, truth, tensors, wanted_of(tensors), [values(2, 7, 64, seed=20)])
+
+
+def test_norms_before_the_sums_and_an_mlp_in_tiles(monkeypatch):
+    in_tiles(monkeypatch)
+    tensors, weights = case("nf4")
+    options = {"biases": True, "after": True}
+    ours, truth = called(decoder_layer, weights, **options), called(decoder_layer_reference, weights, **options)
     budget_of(ours, truth, tensors, wanted_of(tensors), [values(2, 7, 64, seed=20)])
 
 
@@ -174,7 +193,7 @@ def test_with_kernels(kernel_device, keep):
     """Written over: what kernels put in the place of their inputs is read by nobody afterwards."""
     tensors, weights = case("dense", device=kernel_device)
     weights = [w.to(kernel_device) for w in weights]
-    options = {"heads_normed": keep == "all"}
+    options = {"heads_normed": keep == "all", "after": keep == "input"}
     ours = called(decoder_layer, weights, keep, "triton", **options)
     truth = called(decoder_layer_reference, weights, **options)
     upstream = values(2, 7, 64, seed=20).to(kernel_device)

@@ -33,7 +33,7 @@ class Played:
             tuple(p._replace(weight=old.weight, bias=old.bias) for p, old in zip(new, before, strict=True))
             for new, before in zip(parts.groups, first.groups, strict=True)
         ]
-        own = {"first": first.first, "second": first.second, "norms": first.norms}
+        own = {name: getattr(first, name) for name in ("first", "second", "norms", "after")}
         return parts._replace(qkv=groups[0], o=groups[1][0], inner=groups[2], down=groups[3][0], **own)
 
 
@@ -54,7 +54,7 @@ def leaves_of(tensors, dtype=torch.float32):
 def test_equal_to_the_eager_layer(kind, keep, rows):
     """To the bit where no rows are added; biases make what surplus rows give nonzero, and none of it may show."""
     tensors, weights = case(kind, JOINT if keep == "attention" else SHAPES)
-    options = {"keep": keep, "biases": True, "heads_normed": kind == "dense"}
+    options = {"keep": keep, "biases": True, "heads_normed": kind == "dense", "after": kind == "dense"}
     tensors, played = leaves_of(tensors), Played(rows)
     eager = results(decoder_layer, weights, tensors, **options)
     other = [values(2, 7, 64, seed=3).requires_grad_(), *tensors[1:]]

@@ -22,14 +22,14 @@ def case(rows: int, vocab: int, dtype: torch.dtype, device: str = "cpu") -> tupl
     return logits.to(dtype).to(device), labels.to(device)
 
 
-def check_budget(logits: torch.Tensor, labels: torch.Tensor, inv_temperature: float) -> None:
+def check_budget(logits: torch.Tensor, labels: torch.Tensor, inv_temperature: float, **knobs: float) -> None:
     """Each output's error against float64 is at most the same-dtype reference's plus a tolerance."""
     exact_probs, reference_probs, probs = (
         torch.full_like(logits, float("nan"), dtype=dtype) for dtype in (torch.float64, logits.dtype, logits.dtype)
     )
-    exact = selective_log_softmax_reference(logits.double(), labels, inv_temperature, exact_probs)
-    reference = selective_log_softmax_reference(logits, labels, inv_temperature, reference_probs)
-    kernel = selective_log_softmax(logits, labels, inv_temperature, probs)
+    exact = selective_log_softmax_reference(logits.double(), labels, inv_temperature, exact_probs, **knobs)
+    reference = selective_log_softmax_reference(logits, labels, inv_temperature, reference_probs, **knobs)
+    kernel = selective_log_softmax(logits, labels, inv_temperature, probs, **knobs)
     for name, truth, plain, ours in zip(
         ("logprob", "entropy", "lse", "probs"),
         (*exact, exact_probs),
@@ -51,6 +51,14 @@ def check_budget(logits: torch.Tensor, labels: torch.Tensor, inv_temperature: fl
 @pytest.mark.parametrize("inv_temperature", [1.0, 1 / 0.7])
 def test_error_budget(kernel_device, vocab, dtype, inv_temperature):
     check_budget(*case(5, vocab, dtype, kernel_device), inv_temperature)
+
+
+@pytest.mark.parametrize("vocab", [1, 63, 4097])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [3.0, 30.0])
+def test_error_budget_under_a_softcap(kernel_device, vocab, dtype, softcap):
+    """Both nearly flat and nearly straight, on the logits' scale; nothing of what lies beyond the vocabulary counts."""
+    check_budget(*case(5, vocab, dtype, kernel_device), 1 / 0.7, softcap=softcap, scale=0.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -108,7 +116,8 @@ def test_no_rows(kernel_device):
     assert [x.shape for x in selective_log_softmax(logits, labels, 1.0, logits)] == [(0,)] * 3
 
 
-def test_selective_logprobs_by_kernel(kernel_device):
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_selective_logprobs_by_kernel(kernel_device, softcap):
     """The frozen-head route with impl="triton" equals impl="torch", gradient included."""
     from slothrl.logprobs import HeadSpec, selective_logprobs
 
@@ -116,10 +125,11 @@ def test_selective_logprobs_by_kernel(kernel_device):
     weight = torch.randn(101, 16, generator=generator).to(kernel_device)
     labels = torch.randint(101, (9,), generator=generator).to(kernel_device)
     labels[4] = -100
+    head = HeadSpec(weight, scale=0.5, softcap=softcap)
     results = []
     for impl in ("triton", "torch"):
         hidden = torch.randn(9, 16, generator=torch.Generator().manual_seed(1)).to(kernel_device).requires_grad_()
-        logprobs, entropy = selective_logprobs(hidden, labels, HeadSpec(weight, scale=0.5), 0.8, 4, impl=impl)
+        logprobs, entropy = selective_logprobs(hidden, labels, head, 0.8, 4, impl=impl)
         (logprobs * torch.arange(9.0, device=kernel_device)).sum().backward()
         results.append((logprobs, entropy, hidden.grad))
     torch.testing.assert_close(*results, atol=2e-5, rtol=1e-5)

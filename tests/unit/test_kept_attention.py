@@ -94,8 +94,9 @@ def test_some_layers_and_norms_of_heads(llama):
     assert kept_attention_bytes(llama, batch, Route(attending=5)) == 5 * 1000 * MODULES.bytes
     qwen = replace(llama, head_norms=True)  # before their norms, too
     assert kept_attention_bytes(qwen, batch, Route(fused=True, attending=1)) == 1000 * (2 * 16_384 + 128)
-    gemma = replace(llama, norms=4)  # no whole layers there
-    assert kept_attention_bytes(gemma, batch, Route(fused=True, attending=1)) == 1000 * MODULES.bytes
+    gemma, other = replace(llama, norms=4), replace(llama, norms=3)  # no whole layers there
+    assert kept_attention_bytes(gemma, batch, Route(fused=True, attending=1)) == 1000 * WHOLE.bytes
+    assert kept_attention_bytes(other, batch, Route(fused=True, attending=1)) == 1000 * MODULES.bytes
 
 
 def test_kept_attention_is_what_torch_keeps():

@@ -172,5 +172,18 @@ def test_refuses():
     for wrong in ({"temperature": 0.0}, {"chunk_size": 0}, {"impl": "cuda"}):
         with pytest.raises(ValueError):
             selective_logprobs(hidden, labels, HeadSpec(weight), **wrong)
+    with pytest.raises(ValueError, match="entropy_grad"):
+        selective_logprobs(hidden, labels, HeadSpec(weight), impl="triton", entropy_grad=True)
     with pytest.raises(ValueError, match="softcap"):
-        selective_logprobs(hidden, labels, HeadSpec(weight, softcap=1.0), impl="triton")
+        selective_logprobs(hidden, labels, HeadSpec(weight, softcap=0.0))
+
+
+def test_a_frozen_head_under_a_softcap_keeps_no_logits():
+    """Its gradient is made in the forward, a chunk at a time: autograd keeps (N, h) values and no (N, V)."""
+    hidden, labels, weight = tensors()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        logprobs, _ = selective_logprobs(hidden, labels, make_head(weight, softcap=3.0), 0.7, 7)
+    assert kept == [hidden.shape]
+    expected, _ = truth(hidden, labels, make_head(weight, softcap=3.0), 0.7)
+    torch.testing.assert_close(gradients(logprobs, hidden), gradients(expected, hidden), atol=1e-10, rtol=1e-10)

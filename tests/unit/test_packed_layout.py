@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from slothrl_kernels import PackedLayout, packed_attention, packed_attention_reference
-from slothrl_kernels.attention_choice import refusal
+from slothrl_kernels import PackedLayout, attention_choice, packed_attention, packed_attention_reference
+from slothrl_kernels.attention_choice import Choice, refusal
 from slothrl_kernels.attention_flash import Varlen, child_tokens, flash_attention, shared_part
 from slothrl_kernels.attention_rule import Rule
 
@@ -133,3 +133,15 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(ValueError, match=message):
             packed_attention(q, k, v, layout, **options)
     assert refusal("triton", q.double(), layout, Rule(1.0)) and refusal("sdpa", q, layout, Rule(1.0, window=3))
+
+
+def test_what_was_measured_in_words(monkeypatch):
+    """Of the key that a call makes, a pack with a shared prefix and a window."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    layout = PackedLayout.build(*TREE)
+    q, k = torch.empty(87, 8, 64, dtype=torch.bfloat16), torch.empty(87, 2, 64, dtype=torch.bfloat16)
+    key = attention_choice._kind(q, k, layout, Rule(0.125, 6, None))
+    monkeypatch.setattr(attention_choice, "CHOICES", {key: Choice("triton", {"triton": 1.25, "sdpa": "no memory"})})
+    (line,) = attention_choice.said()
+    wanted = "triton for up to 128 tokens, 8 heads on 2 of 64, a window, shared prefixes, bfloat16"
+    assert line == f"{wanted} (triton 1.25 ms; sdpa: no memory)"
