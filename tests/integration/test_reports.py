@@ -200,7 +200,7 @@ def test_sampling_for_pass_at_k_changes_no_training(runs, tiny_folders, tmp_path
         (["report", "nowhere"], "nowhere: no run there"),
         (["report", "nowhere", "--out", "x.html"], "for comparing several runs"),
         (["eval"], "adapter=… is needed"),
-        (["eval", "adapter=nowhere"], "no adapter_config.json"),
+        (["eval", "adapter=nowhere"], "adapter=nowhere: no such folder"),
     ],
 )
 def test_mistakes_are_told(command, said, capsys, tmp_path, monkeypatch):
