@@ -86,7 +86,8 @@ class _DecoderLayer(torch.autograd.Function):
         down = LoraOnto(parts.down, values[3], flat, parts.impl)
         both, inner = product(normed.group, normed.both, down, parts, kept=keep == "all")
         del normed
-        y, of_down = add_onto(down, both, u, parts.after_down(), parts.impl)
+        over = u if keep != "all" and parts.after is None else None  # nobody needs u any more
+        y, of_down = add_onto(down, both, u, parts.after_down(), parts.impl, over)
         if follows:
             all_of_it = (u, inner, of_o, of_down) if keep == "all" else ()
             ctx.kept = _Kept(values if _holds(flat) else None, attended, *all_of_it)

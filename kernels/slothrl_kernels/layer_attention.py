@@ -56,12 +56,16 @@ def attend(qkv: Tensor, shape: torch.Size, parts: LayerParts, watched: bool) -> 
     return attention(turn(qkv, shape, parts), parts, watched)
 
 
-def turn(qkv: Tensor, shape: torch.Size, parts: LayerParts) -> Turned:
-    """Norms of q and k and rotation; over qkv (M, N) itself where there are no norms."""
+def turn(qkv: Tensor, shape: torch.Size, parts: LayerParts, out: Tensor | None = None) -> Turned:
+    """Norms of q and k and rotation; over qkv (M, N) itself where there are no norms.
+
+    out: (M, N) whose columns of q and k take what norms and rotation give, instead of new memory.
+    """
     q, k, v = heads_of(qkv, shape, parts)
     tables, raw = parts.tables, None
     if tables is not None and parts.norms is not None:
-        q, k, raw = *qk_norm_rope_forward(q, k, *parts.norms, *tables, parts.norm, parts.impl), qkv
+        to = None if out is None else (*heads_of(out, shape, parts)[:2],)
+        q, k, raw = *qk_norm_rope_forward(q, k, *parts.norms, *tables, parts.norm, parts.impl, to), qkv
     elif tables is not None:
         q, k = rope_turn(q, k, *tables, in_place=True, impl=parts.impl)
     return Turned(raw, q, k, v)
@@ -81,16 +85,41 @@ def attention(turned: Turned, parts: LayerParts, watched: bool) -> Attended:
 
 def attend_backward(to_out: Tensor, attended: Attended, shape: torch.Size, parts: LayerParts) -> Tensor:
     """The gradient of qkv (M, N) from that of the output's rows (M, heads * width)."""
-    beside = attention_backward(to_out, attended)
-    turn_back(beside, attended.raw, shape, parts)
+    heads = parts.heads + 2 * parts.kv_heads
+    beside = to_out.new_empty(to_out.size(0), heads * parts.width)
+    to_q, to_k, to_v = _differentiated(to_out, attended)
+    q, k, v = heads_of(beside, shape, parts)
+    tables, raw = parts.tables, attended.raw
+    if tables is not None and parts.norms is not None and raw is not None:
+        before = heads_of(raw, shape, parts)[:2]
+        qk_norm_rope_backward(
+            to_q, to_k, *before, *parts.norms, *tables, parts.norm, impl=parts.impl, out=(q, k)
+        )  # fmt: skip
+    elif tables is not None:
+        rope_turn(to_q, to_k, *tables, backward=True, impl=parts.impl, out=(q, k))
+    else:
+        q.copy_(to_q), k.copy_(to_k)  # pyright: ignore
+    v.copy_(to_v)
     return beside
 
 
-def attention_backward(to_out: Tensor, attended: Attended, out: Tensor | None = None) -> Tensor:
-    """The gradients of q, k and v beside each other (M, N), into `out` where it is given; once."""
+def attention_backward(to_out: Tensor, attended: Attended, out: Tensor) -> None:
+    """The gradients of q, k and v into `out`, beside each other (M, N), before `turn_back`; once."""
+    found = [x.transpose(1, 2) for x in _differentiated(to_out, attended)]  # (B, S, heads, width)
+    if all(x.is_contiguous() for x in found):
+        torch.cat([x.reshape(len(out), -1) for x in found], 1, out=out)
+        return
+    begin = 0
+    for x in found:  # in the order of heads: one pass, not one to rows and one to the side of the others
+        columns = x.size(2) * x.size(3)
+        out[:, begin : begin + columns].view(x.shape).copy_(x)
+        begin += columns
+
+
+def _differentiated(to_out: Tensor, attended: Attended) -> tuple[Tensor, ...]:
+    """The gradients of q, k and v as attention took them, (B, heads, S, width)."""
     leaves = (attended.q, attended.k, attended.v)
-    found = torch.autograd.grad(attended.out, leaves, to_out.view(attended.out.shape))
-    return torch.cat([rows_of_heads(x) for x in found], 1, out=out)
+    return torch.autograd.grad(attended.out, leaves, to_out.view(attended.out.shape))
 
 
 def turn_back(beside: Tensor, raw: Tensor | None, shape: torch.Size, parts: LayerParts) -> None:
@@ -113,11 +142,6 @@ def heads_of(qkv: Tensor, shape: torch.Size, parts: LayerParts) -> list[Tensor]:
     counts = [parts.heads, parts.kv_heads, parts.kv_heads]
     pieces = qkv.view(shape[0], shape[1], -1, parts.width).split(counts, 2)
     return [x.transpose(1, 2) for x in pieces]
-
-
-def rows_of_heads(x: Tensor) -> Tensor:
-    """(B, heads, S, width) -> (M, heads * width)."""
-    return x.transpose(1, 2).reshape(x.size(0) * x.size(2), -1)
 
 
 def _same(x: Tensor) -> Tensor:

@@ -24,13 +24,15 @@ class Added(NamedTuple):
     made: Tensor | None
 
 
-def add_onto(onto: LoraOnto, both: Tensor, residual: Tensor, norm: Norm | None, impl: Impl) -> Added:
-    """The projection of both (M, K + R), as `LoraOnto.forward` takes it, onto residual (M, N)."""
+def add_onto(
+    onto: LoraOnto, both: Tensor, residual: Tensor, norm: Norm | None, impl: Impl, out: Tensor | None = None
+) -> Added:
+    """The projection of both (M, K + R), as `LoraOnto.forward` takes it, onto residual (M, N); total in `out`."""
     if norm is None:
-        return Added(onto.forward(both, residual), None)
+        return Added(onto.forward(both, residual, out), None)
     made = onto.forward(both, None)
     options = (norm.weight, norm.eps, norm.shift, norm.cast_first)
-    return Added(rms_norm_forward(made, None, *options, impl)[0].add_(residual), made)
+    return Added(rms_norm_forward(made, None, *options, impl, out)[0].add_(residual), made)
 
 
 def gradient_of_made(to_total: Tensor, made: Tensor, norm: Norm, out: Tensor, impl: Impl) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slothrl_kernels.decoder_layer import _before_norm, _mlp_backward, _norm_backward, _normed, _onto_residual
-from slothrl_kernels.layer_attention import Turned, heads_of, rows_of_heads, turn, turn_back
+from slothrl_kernels.layer_attention import Turned, heads_of, turn, turn_back
 from slothrl_kernels.layer_frame import Frame
 from slothrl_kernels.layer_mlp import product
 from slothrl_kernels.layer_parts import LayerParts
@@ -44,12 +44,8 @@ class LayerSteps:
     def before(self) -> None:
         x, parts = self.rows("x"), self.parts
         normed = _normed(x, parts.first, parts.qkv, adapter_values([parts.qkv], x)[0], parts)
-        qkv = self.rows("qkv")
-        qkv.copy_(normed.group.forward(normed.both))
-        turned = turn(qkv, self.shape, parts)
-        if parts.norms is not None:
-            made = [rows_of_heads(x) for x in (turned.q, turned.k)]
-            torch.cat(made, 1, out=self.rows("turned")[:, : made[0].size(1) + made[1].size(1)])
+        qkv = normed.group.forward(normed.both, out=self.rows("qkv"))
+        turn(qkv, self.shape, parts, None if parts.norms is None else self.rows("turned"))
 
     def after(self) -> None:
         x, parts = self.rows("x"), self.parts
@@ -62,11 +58,10 @@ class LayerSteps:
             self.rows("u").copy_(u)
             self.rows("inner").copy_(inner)
         del normed, inner
-        y, of_down = add_onto(down, both, u, parts.after_down(), parts.impl)
+        _, of_down = add_onto(down, both, u, parts.after_down(), parts.impl, self.rows("state"))
         if parts.keep == "all" and of_o is not None and of_down is not None:
             self.rows("of_o").copy_(of_o)
             self.rows("of_down").copy_(of_down)
-        self.rows("state").copy_(y)
 
     def middle(self) -> None:
         x, parts, rows = self.rows("x"), self.parts, self.rows("rows")
@@ -83,9 +78,9 @@ class LayerSteps:
         to_u = _mlp_backward(u, to_y, parts, values[1:], (inner, of_down), onto, gradients.found[1:])
         del u, inner, of_down
         to_o = _before_norm(to_u, of_o, parts, onto)  # [do | do B]
-        to_rows = onto.input_gradient(to_o)
+        onto.expand_into(to_o)
         onto.parameter_gradients(rows, shrunk, to_o, gradients.found[0])
-        rows.copy_(to_rows)
+        onto.times_weight(to_o, rows)  # over attention's output
         self.rows("to_u").copy_(to_u[:, : x.size(1)])
         self.frame.found[self.frame.first :].copy_(gradients.flat)
 
@@ -100,7 +95,7 @@ class LayerSteps:
         normed.group.shrink_into(normed.both)
         to_n, to_xa = normed.group.input_gradient(to_qkv)
         normed.group.parameter_gradients(normed.both, to_xa, to_qkv, gradients.found[0])
-        self.rows("state").copy_(_norm_backward(to_n, self.rows("to_u"), x, normed.r, parts.first, parts))
+        _norm_backward(to_n, self.rows("to_u"), x, normed.r, parts.first, parts, self.rows("state"))
         self.frame.found[: self.frame.first].copy_(gradients.flat)
 
 

@@ -53,17 +53,22 @@ class LoraGroup:
         """Memory for [x | x A'^T] (M, K + R)."""
         return self.like.new_empty(tokens, self.inputs + self.rank)
 
-    def forward(self, both: Tensor, hold: bool = False) -> Tensor:
+    def forward(self, both: Tensor, hold: bool = False, out: Tensor | None = None) -> Tensor:
         """Every y_i beside the others (M, N), of both (M, K + R), whose right columns are written here.
 
         Args:
             hold: keep the unpacked weights for `input_gradient`.
+            out: where they go, instead of new memory.
         """
         self.shrink_into(both)
+        y = both.new_empty(both.size(0), self.outputs) if out is None else out
         if not self._packed:
-            return self._forward_dense(both)
+            return self._forward_dense(both, y)
         whole = self._unpacked()
-        y = both @ whole.T if (bias := self.bias()) is None else torch.addmm(bias, both, whole.T)
+        if (bias := self.bias()) is None:
+            torch.mm(both, whole.T, out=y)
+        else:
+            torch.addmm(bias, both, whole.T, out=y)
         self._whole = whole if hold else None
         return y
 
@@ -113,8 +118,8 @@ class LoraGroup:
         pieces = zip(self.projections, self.b, self.spans, strict=True)
         return unpack_group([Part(p.weight, b, span.start) for p, b, span in pieces], whole, impl=self.impl)
 
-    def _forward_dense(self, both: Tensor) -> Tensor:
-        y, x = both.new_empty(both.size(0), self.outputs), both[:, : self.inputs]
+    def _forward_dense(self, both: Tensor, y: Tensor) -> Tensor:
+        x = both[:, : self.inputs]
         for p, b, rows, span in zip(self.projections, self.b, self.rows, self.spans, strict=True):
             weight = dense(p.weight, both.dtype)
             if p.bias is None:
@@ -151,8 +156,9 @@ class LoraOnto:
         """Memory for [x | x A'^T] (M, K + R)."""
         return self.like.new_empty(tokens, self.inputs + self.rank)
 
-    def forward(self, both: Tensor, residual: Tensor | None) -> Tensor:
-        """residual + y, or y alone (M, N), a new tensor, of both (M, K + R), whose right columns are written here.
+    def forward(self, both: Tensor, residual: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """residual + y, or y alone (M, N), into `out`, which may be the residual, or a new tensor; of both (M, K + R),
+        whose right columns are written here.
 
         One GEMM, and one rounding in the residual's size: a second would show in the stream of all layers.
         """
@@ -165,10 +171,13 @@ class LoraOnto:
             if self.b is not None:
                 y.addmm_(xa[:, : p.rank], self.b.T)
             y = y if p.bias is None else y.add_(p.bias.detach())
-            return y if residual is None else y.add_(residual)
+            if residual is not None:
+                return torch.add(y, residual, out=y if out is None else out)
+            return y if out is None else out.copy_(y)
         whole = both.new_empty(self.outputs, inputs + self.rank)  # [W | B]
         unpack_group([Part(p.weight, self.b)], whole, impl=self.impl)
-        y = both @ whole.T if residual is None else torch.addmm(residual, both, whole.T)
+        y = both.new_empty(both.size(0), self.outputs) if out is None else out
+        torch.mm(both, whole.T, out=y) if residual is None else torch.addmm(residual, both, whole.T, out=y)
         return y if p.bias is None else y.add_(p.bias.detach())
 
     def shrink(self, x: Tensor) -> Tensor | None:
@@ -179,14 +188,17 @@ class LoraOnto:
         """Memory for [dy | dy B] (M, N + R)."""
         return self.like.new_empty(tokens, self.outputs + self.rank)
 
-    def input_gradient(self, both: Tensor) -> Tensor:
-        """dx (M, K) of both (M, N + R), whose right columns are written here."""
-        p, outputs = self.projection, self.outputs
+    def input_gradient(self, both: Tensor, out: Tensor | None = None) -> Tensor:
+        """dx (M, K), into `out` or a new tensor, of both (M, N + R), whose right columns are written here."""
         self.expand_into(both)
-        if isinstance(p.weight, Tensor):
-            to_x = both[:, :outputs] @ dense(p.weight, both.dtype)
-            return to_x if self.a is None else to_x.addmm_(both[:, outputs:], self.a)
-        return both @ self.unpacked(slice(0, self.inputs))
+        return self.times_weight(both, both.new_empty(both.size(0), self.inputs) if out is None else out)
+
+    def times_weight(self, both: Tensor, out: Tensor) -> Tensor:
+        """[dy | dy B] [W ; A'] (M, K) into `out`."""
+        if not isinstance(self.projection.weight, Tensor):
+            return torch.mm(both, self.unpacked(slice(0, self.inputs)), out=out)
+        torch.mm(both[:, : self.outputs], dense(self.projection.weight, both.dtype), out=out)
+        return out if self.a is None else out.addmm_(both[:, self.outputs :], self.a)
 
     def expand_into(self, both: Tensor) -> None:
         """dy B into the right columns of both (M, N + R)."""

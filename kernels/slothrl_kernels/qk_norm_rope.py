@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from slothrl_kernels.qk_norm_rope_kernels import qk_backward_kernel, qk_forward_kernel
 from slothrl_kernels.rms_norm import rms_norm_reference
-from slothrl_kernels.rope import check_rope, projected_like, rope_reference, unit_strides
+from slothrl_kernels.rope import check_rope, projected_like, rope_reference, unit_strides, written_to
 from slothrl_kernels.switch import HAS_TRITON, Impl, processors, takes_triton
 
 if TYPE_CHECKING or HAS_TRITON:
@@ -97,14 +97,19 @@ def qk_norm_rope_forward(
     sin: Tensor,
     norm: QKNorm = LLAMA,
     impl: Impl = "auto",
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`qk_norm_rope` without autograd; its backward needs nothing but the same arguments. Args, raises: as there."""
+    """`qk_norm_rope` without autograd; its backward needs nothing but the same arguments. Args, raises: as there.
+
+    out: where the results go, of q's and k's shapes, with rows of unit stride.
+    """
     _check(q, k, q_weight, k_weight, cos, sin)
     if not _serves(impl, q):
         q, k, q_weight, k_weight = (x.detach() for x in (q, k, q_weight, k_weight))
-        return qk_norm_rope_reference(q, k, q_weight, k_weight, cos, sin, norm)
+        found = qk_norm_rope_reference(q, k, q_weight, k_weight, cos, sin, norm)
+        return found if out is None else written_to(out, found)
     inputs, (cos, sin) = unit_strides(q, k), unit_strides(cos, sin)
-    outputs = [projected_like(x) for x in inputs]
+    outputs = out or [projected_like(x) for x in inputs]
     tokens = q.size(0) * q.size(2)
     if tokens:
         with torch.cuda.device_of(q):
@@ -130,6 +135,7 @@ def qk_norm_rope_backward(
     wants_weights: bool = False,
     impl: Impl = "auto",
     in_place: bool = False,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> QKGradients:
     """The gradients from those of the outputs, without autograd.
 
@@ -138,6 +144,7 @@ def qk_norm_rope_backward(
         q, k and the others: as they were given to the forward.
         wants_weights: whether the weights' gradients, in the weights' dtypes, are computed.
         in_place: the gradients of q and k are written over to_q and to_k, and those are returned.
+        out: where they go instead, of q's and k's shapes, with rows of unit stride.
 
     Raises: as `qk_norm_rope`.
     """
@@ -146,9 +153,10 @@ def qk_norm_rope_backward(
         raise ValueError(f"gradients {tuple(to_q.shape)} and {tuple(to_k.shape)} of {tuple(q.shape)}, {tuple(k.shape)}")
     if not _serves(impl, q):
         found = _backward_reference(to_q, to_k, q, k, q_weight, k_weight, cos, sin, norm, wants_weights)
-        return _written_over(found, to_q, to_k) if in_place else found
+        target = out or ((to_q, to_k) if in_place else None)
+        return _written_over(found, *target) if target else found
     gradients, inputs, (cos, sin) = unit_strides(to_q, to_k), unit_strides(q, k), unit_strides(cos, sin)
-    outputs = gradients if in_place else [projected_like(x) for x in gradients]
+    outputs = out or (gradients if in_place else [projected_like(x) for x in gradients])
     tokens, width = q.size(0) * q.size(2), q.size(3)
     programs = min(tokens, 4 * processors(q.device)) if wants_weights else tokens
     partials = torch.empty(2, programs, width, dtype=torch.float32, device=q.device) if wants_weights else q

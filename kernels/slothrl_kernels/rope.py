@@ -78,20 +78,23 @@ def rope_turn(
     backward: bool = False,
     in_place: bool = False,
     impl: Impl = "auto",
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`rope` without autograd; or, with `backward`, the gradients of q and k from those of the outputs.
 
-    Args, returns, raises: as `rope`; with `backward`, q and k are the outputs' gradients.
+    Args, returns, raises: as `rope`; with `backward`, q and k are the outputs' gradients. out: where the results go,
+    of q's and k's shapes, with rows of unit stride; not with in_place.
     """
     check_rope(q, k, cos, sin)
     if takes_triton(impl, q) and q.dtype != torch.float64:
         cos, sin = unit_strides(cos, sin)
-        q, k = _turn([q, k], cos, sin, backward, in_place)
+        q, k = _turn([q, k], cos, sin, backward, in_place, out)
         return q, k
-    if not backward:
-        return rope_reference(q.detach(), k.detach(), cos, sin, in_place)
-    first, second = sin.chunk(2, -1)  # the transposed rotation: by the negative angle, its sines changed over
-    return rope_reference(q.detach(), k.detach(), cos, torch.cat([-second, -first], -1), in_place)
+    if backward:
+        first, second = sin.chunk(2, -1)  # the transposed rotation: by the negative angle, its sines changed over
+        sin = torch.cat([-second, -first], -1)
+    found = rope_reference(q.detach(), k.detach(), cos, sin, in_place)
+    return found if out is None else written_to(out, found)
 
 
 def unit_strides(*tensors: Tensor) -> list[Tensor]:
@@ -143,10 +146,24 @@ class _Rope(torch.autograd.Function):
         return to_q, to_k, None, None, None
 
 
-def _turn(heads: list[Tensor], cos: Tensor, sin: Tensor, backward: bool, in_place: bool) -> list[Tensor]:
+def written_to(out: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """`found` copied into `out`, which is returned."""
+    for target, made in zip(out, found, strict=True):
+        target.copy_(made)
+    return out
+
+
+def _turn(
+    heads: list[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    backward: bool,
+    in_place: bool,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> list[Tensor]:
     """q and k, or their gradients, turned; a copy first where the strides are not those of a tensor of its own."""
     inputs = unit_strides(*heads)
-    outputs = inputs if in_place else [projected_like(x) for x in inputs]
+    outputs = list(out) if out else inputs if in_place else [projected_like(x) for x in inputs]
     (q, k), (batch, _, length, width), turned = inputs, inputs[0].shape, cos.size(2)
     half_block = triton.next_power_of_2(turned // 2)
     if min(batch, length) > 0:
