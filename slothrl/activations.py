@@ -5,7 +5,8 @@
                  of a layer whose cost grows with S is not run again, in as many layers as fit into half of the free
                  memory
     offload      as layer, with the input in the host's pinned memory, fetched again while the layer above is worked on
-    both         attention and offload
+    both         attention and offload: where a layer is one step all of it in the host's memory, as far as half of that
+                 goes; else attention's on the device
     auto         on a GPU attention, where its share of a layer's FLOPs makes up for what saving takes, or where a layer
                  is one step and memory is plenty (`slothrl.kept_attention` says how much that is); else layer
 
@@ -26,7 +27,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from slothrl.fuse_layer import Direct, fused_layer, is_plain_checkpoint
 from slothrl.kept_attention import WORTH, AttentionSizes, layers_that_keep, reserved_bytes
-from slothrl.offload import HostMemory
+from slothrl.offload import HostMemory, free_of_host
 from slothrl.plan import Rows
 from slothrl.token_bytes import bytes_to_come, left_beside, left_of_light
 
@@ -54,7 +55,7 @@ def keep_activations(model: Any, policy: str) -> Rows:
         "auto": f"layer inputs; attention too where it is {WORTH:.0%} of the work, or a layer is one step and it fits",
         "attention": "layer inputs and attention outputs, as far as they fit",
         "offload": "layer inputs, in the host's memory",
-        "both": "layer inputs in the host's memory; attention outputs on the device, as far as they fit",
+        "both": "layer inputs in the host's memory; attention's too where a layer is one step, else on the device",
     }
     return [("activations", words[policy])]
 
@@ -120,7 +121,7 @@ class Activations:
         free = free_bytes(device) - bytes_to_come(self.trained)
         config = self.layers[0].self_attn.config
         left, light = left_beside(free, config, tokens), left_of_light(config, tokens)
-        return layers_that_keep(self.policy, self.sizes, tokens, reach, free, left, light)
+        return layers_that_keep(self.policy, self.sizes, tokens, reach, free, left, light, free_of_host())
 
     @property
     def sizes(self) -> AttentionSizes:
@@ -140,13 +141,15 @@ class _Checkpoint:
         self.activations, self.index, self.theirs = activations, index, theirs
 
     def __call__(self, function: Any, *args: Any) -> Any:
-        activations, options, keep = self.activations, {}, "input"
+        activations, options, keep, keeper = self.activations, {}, "input", None
         if self.index < activations.attending:
             options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_attention)
             keep = "attention"
         host, fused = activations.host, fused_layer(activations.layers[self.index])
+        if host is not None and keep == "attention":
+            keeper = host.keeper(self.index)
         with nullcontext() if host is None else host.taking(self.index):
-            for result in fused.run(function, args, keep) if fused else ():
+            for result in fused.run(function, args, keep, keeper) if fused else ():
                 return result
             return self.theirs(function, *args, **options)
 

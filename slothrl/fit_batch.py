@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from slothrl.fit_activations import MicroBatch, attention_numbers, whole_layers
 from slothrl.fit_shape import Shape
-from slothrl.kept_attention import KEEPING, AttentionSizes, layers_that_keep, reserved_bytes
+from slothrl.kept_attention import KEEPING, AttentionSizes, in_host, layers_that_keep, reserved_bytes
 from slothrl.packing import Row, plan_micro_batches
 from slothrl.token_budget import CPU_TOKENS
 from slothrl.token_bytes import left_beside, left_of_light, tokens_that_fit
@@ -72,6 +72,8 @@ def attending_layers(shape: Shape, batch: MicroBatch, settings: Settings, free: 
     if not settings.cuda:
         return 0 if settings.activations == "auto" else shape.layers
     config, policy = text_config(shape), settings.activations
+    if in_host(policy, sizes(shape, settings)):
+        return min(2, shape.layers)  # on the device at a time
     left, light = left_beside(free, config, batch.tokens), left_of_light(config, batch.tokens)
     return layers_that_keep(policy, sizes(shape, settings), batch.tokens, settings.length, free, left, light)
 

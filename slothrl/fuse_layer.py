@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from slothrl_kernels import Impl, QKNorm
 from slothrl_kernels.decoder_layer import decoder_layer
-from slothrl_kernels.layer_parts import Keep, LayerParts, Norm
+from slothrl_kernels.layer_parts import Keep, Keeper, LayerParts, Norm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -154,13 +154,13 @@ class FusedLayer(Replacement):
     def layer(self) -> Any:
         return self.module
 
-    def run(self, function: Any, args: tuple, keep: Keep) -> tuple[Any]:
+    def run(self, function: Any, args: tuple, keep: Keep, keeper: Keeper | None = None) -> tuple[Any]:
         """(the result of `function`, which ends in this forward,), or () where a checkpoint is needed around it."""
         keywords = function.keywords if isinstance(function, partial) else {}
         parts = self.plan(args, keywords, keep if torch.is_grad_enabled() else "input")
         if parts is None:
             return ()  # pyright: ignore
-        self._planned = parts
+        self._planned = parts._replace(keeper=keeper)
         try:
             return (function(*args),)
         finally:

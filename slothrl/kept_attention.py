@@ -43,13 +43,14 @@ class AttentionSizes:
 
 
 def layers_that_keep(
-    policy: str, sizes: AttentionSizes, tokens: int, reach: int, free: int, left: int, light: int
+    policy: str, sizes: AttentionSizes, tokens: int, reach: int, free: int, left: int, light: int, host: int = 0
 ) -> int:
     """Layers that keep their attention in one forward on a GPU.
 
     What was asked for ("attention", "both") gets half of the free memory, and so does "auto" where attention is
     `WORTH` it. Where it is not, "auto" keeps it in whole layers only, in a quarter of the free memory, and in small
-    micro-batches: one that is large without it stays as it is, also where memory is plenty.
+    micro-batches: one that is large without it stays as it is, also where memory is plenty. "both" puts what whole
+    layers keep into half of the host's memory instead, and takes none of the device's.
 
     Args:
         tokens: of the forward. reach: the most keys that one of them sees.
@@ -57,18 +58,24 @@ def layers_that_keep(
         left: what of them it leaves where layers keep their inputs only (`slothrl.token_bytes.left_beside`): never is
             more taken.
         light: bytes by which the micro-batch is smaller than a large one (`slothrl.token_bytes.left_of_light`).
+        host: bytes of the host's memory that nobody has.
     """
     if policy not in KEEPING or tokens < 1:
         return 0
-    room = min(SHARE * free, left)
+    room = SHARE * host if in_host(policy, sizes) else min(SHARE * free, left)
     if policy == "auto" and sizes.share(reach) < WORTH:
         room = min(PLENTY * free, left, light) if sizes.whole else 0
     return max(0, min(sizes.layers, int(room / (tokens * sizes.bytes))))
 
 
+def in_host(policy: str, sizes: AttentionSizes) -> bool:
+    """Whether what is kept of attention waits in the host's memory."""
+    return policy == "both" and sizes.whole
+
+
 def reserved_bytes(policy: str, sizes: AttentionSizes, tokens: int, free: int) -> int:
     """Bytes a token that the budget of a micro-batch leaves for attention: what was asked for, or may be worth it when
     all tokens are one sequence. What "auto" keeps beyond that is memory that nobody wants, and lowers no budget."""
-    if policy not in KEEPING or (policy == "auto" and sizes.share(tokens) < WORTH):
+    if policy not in KEEPING or in_host(policy, sizes) or (policy == "auto" and sizes.share(tokens) < WORTH):
         return 0
     return min(sizes.layers, int(SHARE * free / (tokens * sizes.bytes))) * sizes.bytes

@@ -1,19 +1,25 @@
-"""Layer inputs in the host's pinned memory between forward and backward; the copies run beside the computation."""
+"""What layers keep, in the host's pinned memory between forward and backward; the copies run beside the computation."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 
 SMALLEST = 1 << 20  # bytes: less is not worth a copy
 
 
+def free_of_host() -> int:
+    """Bytes of the host's memory that nobody has."""
+    return psutil.virtual_memory().available
+
+
 class HostMemory:
-    """The inputs of a stack of checkpointed layers, out of the device's memory.
+    """What a stack of checkpointed layers keeps, out of the device's memory: their inputs, and more by `keeper`.
 
     Forward: a tensor is copied on a stream of its own, behind the work that made it; the device's memory is free once
     the copy is done. Backward: whoever asks for layer i's has layer i - 1's fetched at the same time. Bits do not
@@ -37,6 +43,15 @@ class HostMemory:
         """Inside of it, what autograd is given to keep goes to the host as layer `index`'s."""
         return torch.autograd.graph.saved_tensors_hooks(partial(self._pack, index, self.waiting), self._unpack)
 
+    def keeper(self, index: int) -> HostKeeper:
+        """For what layer `index` keeps of its attention in this forward."""
+        return HostKeeper(self, index)
+
+    def move(self, index: int, waiting: dict[int, list[_Moved]], x: Tensor) -> _Moved:
+        moved = _Moved(self, x, waiting, index, stays=index == self.layers - 1)
+        waiting.setdefault(index, []).append(moved)
+        return moved
+
     def stream(self, device: torch.device) -> Any:
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
@@ -45,9 +60,7 @@ class HostMemory:
     def _pack(self, index: int, waiting: dict[int, list[_Moved]], x: Tensor) -> Any:
         if x.nbytes < self.smallest or not x.is_floating_point():
             return x
-        moved = _Moved(self, x, waiting, index, stays=index == self.layers - 1)
-        waiting.setdefault(index, []).append(moved)
-        return moved
+        return self.move(index, waiting, x)
 
     def _unpack(self, held: Any) -> Tensor:
         return held.give() if isinstance(held, _Moved) else held
@@ -98,3 +111,46 @@ class _Moved:
         assert self.back is not None
         back, self.back = self.back, None  # a second backward fetches anew
         return back
+
+
+class _View(NamedTuple):
+    """A tensor of a memory that was moved."""
+
+    moved: _Moved
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class HostKeeper:
+    """A `slothrl_kernels.layer_parts.Keeper` in the host's memory.
+
+    Tensors are moved by the memory that they are views of, once: q, k and v lie beside each other, and attention keeps
+    the output that its layer keeps too.
+    """
+
+    def __init__(self, host: HostMemory, index: int) -> None:
+        self.host, self.index, self.waiting = host, index, host.waiting
+        self._moved: dict[int, tuple[_Moved, Tensor]] = {}  # by address, with what holds it, until `close`
+        self._back: dict[int, Tensor] = {}
+
+    def pack(self, x: Tensor) -> Any:
+        if x.nbytes < self.host.smallest or not x.is_floating_point():
+            return x.detach()
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in self._moved:
+            count = storage.nbytes() // x.element_size()
+            flat = torch.empty(0, dtype=x.dtype, device=x.device).set_(storage, 0, (count,), (1,))
+            self._moved[storage.data_ptr()] = self.host.move(self.index, self.waiting, flat), flat
+        return _View(self._moved[storage.data_ptr()][0], x.size(), x.stride(), int(x.storage_offset()))
+
+    def unpack(self, held: Any) -> Tensor:
+        if not isinstance(held, _View):
+            return held
+        if id(held.moved) not in self._back:
+            self._back[id(held.moved)] = held.moved.give()
+        return self._back[id(held.moved)].as_strided(held.size, held.stride, held.offset)
+
+    def close(self) -> None:
+        self._moved.clear()
+        self._back.clear()

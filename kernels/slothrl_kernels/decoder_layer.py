@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slothrl_kernels.glu import glu_forward
-from slothrl_kernels.layer_attention import Attended, attend, attend_backward
+from slothrl_kernels.layer_attention import Attended, Parked, attend, attend_backward, kept_of
 from slothrl_kernels.layer_mlp import glu_gradients, product, tiled_backward, tiles_of
 from slothrl_kernels.layer_parts import LayerParts, Norm
 from slothrl_kernels.layer_residual import Added, add_onto, gradient_of_made
@@ -55,7 +55,7 @@ class _Kept(NamedTuple):
     of_down (M, h): what these gave, where a norm follows."""
 
     adapters: list[Adapters] | None = None
-    attended: Attended | None = None
+    attended: Attended | Parked | None = None
     u: Tensor | None = None
     inner: Tensor | None = None
     of_o: Tensor | None = None
@@ -81,7 +81,7 @@ class _DecoderLayer(torch.autograd.Function):
         normed = _normed(flat, parts.first, parts.qkv, values[0], parts)
         attended = attend(normed.group.forward(normed.both), x.shape, parts, watched=keep != "input")
         (u, of_o), _ = _onto_residual(LoraOnto(parts.o, values[1], flat, parts.impl), attended.rows, flat, parts)
-        attended = attended if keep != "input" else None
+        attended = kept_of(attended, parts) if follows else None
         normed = _normed(u, parts.second, parts.inner, values[2], parts)
         down = LoraOnto(parts.down, values[3], flat, parts.impl)
         both, inner = product(normed.group, normed.both, down, parts, kept=keep == "all")

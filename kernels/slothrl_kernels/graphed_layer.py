@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slothrl_kernels.decoder_layer import _backward, _Kept, _versions
-from slothrl_kernels.layer_attention import attention, attention_backward
+from slothrl_kernels.layer_attention import attention, attention_backward, kept_of
 from slothrl_kernels.layer_frame import Frame
 from slothrl_kernels.layer_parts import LayerParts
 from slothrl_kernels.layer_recorder import Recorder, Replay
@@ -112,7 +112,7 @@ class _GraphedLayer(torch.autograd.Function):
         if follows:
             names = KEPT[: 2 if parts.after is None else 4] if keep == "all" else ()
             kept = [frame.rows(name, tokens).clone() for name in names]
-            ctx.kept = _Kept(None, attended if keep != "input" else None, *kept)
+            ctx.kept = _Kept(None, kept_of(attended, parts), *kept)
             ctx.parts, ctx.recorded, ctx.versions = parts, recorded, _versions(adapters)
             ctx.held = None if save else x
             ctx.save_for_backward(x if save else None)

@@ -6,12 +6,13 @@ Tokens are flat, M = B S. q, k and v lie beside each other, as one GEMM writes t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
-from slothrl_kernels.layer_parts import LayerParts
+from slothrl_kernels.layer_parts import Keeper, LayerParts
 from slothrl_kernels.qk_norm_rope import qk_norm_rope_backward, qk_norm_rope_forward
 from slothrl_kernels.rope import rope_turn
 
@@ -35,6 +36,37 @@ class Attended:
         """(M, heads * width), without its history."""
         out = self.out.detach()
         return out.reshape(out.size(0) * out.size(1), -1)
+
+    def differentiated(self, to_out: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of q, k and v, from that of the output's rows (M, heads * width); once."""
+        return torch.autograd.grad(self.out, (self.q, self.k, self.v), to_out.view(self.out.shape))
+
+
+class Parked:
+    """`Attended` without its tensors, which a keeper has; autograd's graph alone is here."""
+
+    def __init__(self, attended: Attended, keeper: Keeper) -> None:
+        self.keeper, self.shape, leaves = keeper, attended.out.shape, (attended.q, attended.k, attended.v)
+        self._end, self._leaves = get_gradient_edge(attended.out), [get_gradient_edge(x) for x in leaves]
+        self._out = keeper.pack(attended.out.detach())
+        self._raw = None if attended.raw is None else keeper.pack(attended.raw)
+        keeper.close()
+        for x in leaves:
+            x.data = x.new_empty(0)  # the graph holds its leaves, and would hold their memory
+
+    @property
+    def raw(self) -> Tensor | None:
+        return None if self._raw is None else self.keeper.unpack(self._raw)
+
+    @property
+    def rows(self) -> Tensor:
+        out = self.keeper.unpack(self._out)
+        return out.reshape(out.size(0) * out.size(1), -1)
+
+    def differentiated(self, to_out: Tensor) -> tuple[Tensor, ...]:
+        found = torch.autograd.grad(self._end, self._leaves, to_out.view(self.shape))  # pyright: ignore
+        self.keeper.close()
+        return found
 
 
 class Turned(NamedTuple):
@@ -64,7 +96,8 @@ def turn(qkv: Tensor, shape: torch.Size, parts: LayerParts, out: Tensor | None =
     q, k, v = heads_of(qkv, shape, parts)
     tables, raw = parts.tables, None
     if tables is not None and parts.norms is not None:
-        to = None if out is None else (*heads_of(out, shape, parts)[:2],)
+        of_q, of_k, _ = heads_of(qkv if out is None else out, shape, parts)
+        to = None if out is None else (of_q, of_k)
         q, k, raw = *qk_norm_rope_forward(q, k, *parts.norms, *tables, parts.norm, parts.impl, to), qkv
     elif tables is not None:
         q, k = rope_turn(q, k, *tables, in_place=True, impl=parts.impl)
@@ -78,23 +111,31 @@ def attention(turned: Turned, parts: LayerParts, watched: bool) -> Attended:
         with torch.no_grad():
             return Attended(raw, q, k, v, parts.attend(q, k, v))
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    # What attention saves stays on the device, whatever hooks are around.
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+    # What attention saves goes to the keeper or stays where it is, whatever hooks are around.
+    keeper = parts.keeper if parts.keep == "attention" else None
+    hooks: Any = (_same, _same) if keeper is None else (keeper.pack, keeper.unpack)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(*hooks):
         return Attended(raw, q, k, v, parts.attend(q, k, v))
 
 
-def attend_backward(to_out: Tensor, attended: Attended, shape: torch.Size, parts: LayerParts) -> Tensor:
+def kept_of(attended: Attended, parts: LayerParts) -> Attended | Parked | None:
+    """What a forward leaves of attention for the backward, as `parts` say."""
+    if parts.keep == "input":
+        return None
+    return attended if parts.keeper is None or parts.keep == "all" else Parked(attended, parts.keeper)
+
+
+def attend_backward(to_out: Tensor, attended: Attended | Parked, shape: torch.Size, parts: LayerParts) -> Tensor:
     """The gradient of qkv (M, N) from that of the output's rows (M, heads * width)."""
     heads = parts.heads + 2 * parts.kv_heads
     beside = to_out.new_empty(to_out.size(0), heads * parts.width)
-    to_q, to_k, to_v = _differentiated(to_out, attended)
+    tables, raw = parts.tables, attended.raw  # before its keeper is done
+    to_q, to_k, to_v = attended.differentiated(to_out)
     q, k, v = heads_of(beside, shape, parts)
-    tables, raw = parts.tables, attended.raw
     if tables is not None and parts.norms is not None and raw is not None:
-        before = heads_of(raw, shape, parts)[:2]
-        qk_norm_rope_backward(
-            to_q, to_k, *before, *parts.norms, *tables, parts.norm, impl=parts.impl, out=(q, k)
-        )  # fmt: skip
+        raw_q, raw_k, _ = heads_of(raw, shape, parts)
+        given = (to_q, to_k, raw_q, raw_k, *parts.norms, *tables, parts.norm)
+        qk_norm_rope_backward(*given, impl=parts.impl, out=(q, k))
     elif tables is not None:
         rope_turn(to_q, to_k, *tables, backward=True, impl=parts.impl, out=(q, k))
     else:
@@ -103,9 +144,9 @@ def attend_backward(to_out: Tensor, attended: Attended, shape: torch.Size, parts
     return beside
 
 
-def attention_backward(to_out: Tensor, attended: Attended, out: Tensor) -> None:
+def attention_backward(to_out: Tensor, attended: Attended | Parked, out: Tensor) -> None:
     """The gradients of q, k and v into `out`, beside each other (M, N), before `turn_back`; once."""
-    found = [x.transpose(1, 2) for x in _differentiated(to_out, attended)]  # (B, S, heads, width)
+    found = [x.transpose(1, 2) for x in attended.differentiated(to_out)]  # (B, S, heads, width)
     if all(x.is_contiguous() for x in found):
         torch.cat([x.reshape(len(out), -1) for x in found], 1, out=out)
         return
@@ -114,12 +155,6 @@ def attention_backward(to_out: Tensor, attended: Attended, out: Tensor) -> None:
         columns = x.size(2) * x.size(3)
         out[:, begin : begin + columns].view(x.shape).copy_(x)
         begin += columns
-
-
-def _differentiated(to_out: Tensor, attended: Attended) -> tuple[Tensor, ...]:
-    """The gradients of q, k and v as attention took them, (B, heads, S, width)."""
-    leaves = (attended.q, attended.k, attended.v)
-    return torch.autograd.grad(attended.out, leaves, to_out.view(attended.out.shape))
 
 
 def turn_back(beside: Tensor, raw: Tensor | None, shape: torch.Size, parts: LayerParts) -> None:

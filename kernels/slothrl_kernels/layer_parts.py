@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -14,6 +14,22 @@ from slothrl_kernels.switch import Impl
 
 Keep = Literal["input", "attention", "all"]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Keeper(Protocol):
+    """Where what attention leaves for the backward waits: the host's memory, for one."""
+
+    def pack(self, x: Tensor) -> Any:
+        """What stands for x meanwhile; x itself is not held."""
+        ...
+
+    def unpack(self, held: Any) -> Tensor:
+        """x again, of its shape and strides."""
+        ...
+
+    def close(self) -> None:
+        """All of it has been packed, or has been used."""
+        ...
 
 
 class Norm(NamedTuple):
@@ -41,6 +57,7 @@ class LayerParts(NamedTuple):
         GEMM to compute.
     impl: of the kernels.
     after: norms over h of what o and what down give, before that is added to the stream (Gemma 2 and 3), or None.
+    keeper: takes what is kept of attention; None: it stays where it is. Not with keep "all".
     """
 
     first: Norm
@@ -60,6 +77,7 @@ class LayerParts(NamedTuple):
     keep: Keep
     impl: Impl
     after: tuple[Norm, Norm] | None = None
+    keeper: Keeper | None = None
 
     @property
     def groups(self) -> list[tuple[Projection, ...]]:

@@ -34,7 +34,7 @@ class LayerSteps:
 
     def __init__(self, parts: LayerParts, frame: Frame, count: int) -> None:
         tables = parts.tables and (frame.rows("cos", count)[None], frame.rows("sin", count)[None])
-        self.parts = parts._replace(tables=tables, attend=_not_here)
+        self.parts = parts._replace(tables=tables, attend=_not_here, keeper=None)
         self.frame, self.count = frame, count
         self.shape = torch.Size((1, count, frame.rows("x", count).size(1)))
 

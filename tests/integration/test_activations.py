@@ -1,5 +1,7 @@
 """What checkpointed layers keep changes no gradient: kept attention is not run again, inputs come from the host."""
 
+from collections import Counter
+
 import pytest
 import torch
 from slothrl_kernels import PackedLayout
@@ -75,6 +77,28 @@ def test_inputs_in_the_host_s_memory(layers, folders, monkeypatch):  # noqa: F81
     keep_activations(model, "both")
     assert_same(step(model), plain)
     assert attentions_in_backward(model) == 0
+
+
+@pytest.mark.parametrize(("family", "raw"), [("llama", 0), ("qwen3", 1)])
+def test_attention_in_the_host_s_memory(family, raw, folders, monkeypatch):  # noqa: F811
+    """The gradients are the bits of what stays on the device, and no memory is moved twice: queries, attention's output
+    before and after its heads lie token by token, the layer's input; with norms q, k and v before them, beside each
+    other. Keys and values are smaller than what is moved here."""
+    model = checkpointed(folders(family))
+    fuse(model)
+    keep_activations(model, "attention")
+    plain = step(model)
+    keep_activations(model, "both")
+    kept: Activations = vars(model)["_slothrl_activations"]
+    kept.host = HostMemory(3, smallest=2 * 13 * 128 * 4)  # no third layer comes: both are moved
+    moved, move = [], HostMemory.move
+    monkeypatch.setattr(
+        HostMemory, "move", lambda self, i, waiting, x: moved.append((i, x.numel())) or move(self, i, waiting, x)
+    )
+    ours = step(model)
+    assert torch.equal(ours[0], plain[0]) and all(torch.equal(ours[1][n], g) for n, g in plain[1].items())
+    assert Counter(moved) == {(i, 2 * 13 * n): count for i in (0, 1) for n, count in ((128, 4), (256, raw)) if count}
+    assert kept.host.waiting == {} and attentions_in_backward(model) == 0
 
 
 def test_fetched_one_ahead():

@@ -1,6 +1,7 @@
 """In how many layers attention is kept, from given bytes; and that the memory prediction knows it."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from test_fit import shape
@@ -43,7 +44,7 @@ def test_sizes_by_hand():
         ("auto", MODULES, 24_576, (20, 15, 0), 32),  # 2.3 GB, worth half of the memory
         ("attention", MODULES, 2048, (4, 3, 0), 27),
         ("attention", WHOLE, 2048, (4, 3, 0), 11),
-        ("both", WHOLE, 2048, (8, 1, 0), 5),
+        ("both", MODULES, 2048, (4, 1, 0), 13),
         ("layer", WHOLE, 99_999, (70, 70, 70), 0),
         ("offload", WHOLE, 99_999, (70, 70, 70), 0),
     ],
@@ -52,6 +53,13 @@ def test_layers_from_given_bytes(policy, given, reach, gigabytes, layers):
     """A forward of 8,688 tokens: 72 MB a layer of modules, 179 MB a whole one."""
     free, left, light = (GB * count for count in gigabytes)
     assert layers_that_keep(policy, given, 8688, reach, free, left, light) == layers
+
+
+def test_whole_layers_in_the_host_s_memory():
+    """Half of what is free there, and none of the device's; no budget leaves anything for it."""
+    keep = partial(layers_that_keep, "both", WHOLE, 8688, 2048, 8 * GB, 0, 0)
+    assert [keep(host=gb * GB) for gb in (0, 4, 64)] == [0, 11, 32]
+    assert reserved_bytes("both", WHOLE, 20_000, 60 * GB) == 0 < reserved_bytes("both", MODULES, 20_000, 60 * GB)
 
 
 def test_what_auto_keeps_lowers_no_budget(llama):
