@@ -62,7 +62,7 @@ def compile_gemm(config, capability, **constants):
     known = {"DTYPE": tl.bfloat16, "CHUNKS_A_BLOCK": 1, "INNER_BLOCKSIZE": 256, "HAS_BIAS": True, "PTX": True}
     known |= {"RANK": 16, "SLICES": 3, "BLOCK_N": config.block_n, "SPLIT": True, "CHUNKS": config.chunks}
     known |= {"INTERPRETED": False, "BLOCK_M": config.block_m, "PARTS": config.parts}
-    known |= {"EARLY": capability >= 90} | constants
+    known |= {"EARLY": capability >= 90, "SHARES": config.slots > 0, "FRAGMENTS": True} | constants
     if not known["INNER_BLOCKSIZE"]:
         pointers["absmax"] = "*fp32"
     integers = ["M", "N", "K", "row_chunks", "splits", "row_units", "ahead", "turns"]
