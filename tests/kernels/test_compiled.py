@@ -143,7 +143,9 @@ def test_equal_shares_take_no_more_registers(tile, spilled, tmp_path):
     assert int(re.findall(r"Used (\d+) registers", said)[0]) <= 128
 
 
-@pytest.mark.parametrize("capability, tile", [(80, (64, 64, 2, 4, 3)), (90, (16, 64, 4, 4, 3)), (90, (32, 32, 2, 2, 3))])
+@pytest.mark.parametrize(
+    "capability, tile", [(80, (64, 64, 2, 4, 3)), (90, (16, 64, 4, 4, 3)), (90, (32, 32, 2, 2, 3))]
+)
 def test_shared_sums_move_as_they_lie(capability, tile, tmp_path):
     """Four at a time from a tensor core's own layout, on both generations of multiplications; W is asked for before."""
     compiled = compile_gemm(Nf4Config(*tile, slots=2), capability)
