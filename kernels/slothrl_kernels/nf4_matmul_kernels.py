@@ -4,8 +4,8 @@ It computes Y^T = W X^T: the decoded weights never leave registers, and tokens a
 of 4 weights the first weights are one tile, the second ones another, and so on; X comes in that order (`nf4_inputs`),
 so that nothing is interleaved, and W's and X's rows are read in runs of 64 bytes and more: runs of 32, one sector, cost
 more than the decoding. With splits > 1 the programs of a tile share K; each leaves a float32 partial, and the last to
-arrive adds them in order, in the same launch and to the same bits every time. Or programs take equal shares of all tiles'
-steps, so that no multiprocessor is left without work (`nf4_shares`).
+arrive adds them in order, in the same launch and to the same bits every time. Or programs take equal shares of all
+tiles' steps, so that no multiprocessor is left without work (`nf4_shares`).
 """
 
 from __future__ import annotations
