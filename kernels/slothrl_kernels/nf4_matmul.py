@@ -122,14 +122,17 @@ def launch(
     """
     own, early = lora.arrived if lora else None, ahead > 0 and starts_early(x.device)
     (rows, inputs), outputs, nested, code = x.shape, weight.shape[0], weight.nested, weight.code
+    grid = (triton.cdiv(outputs, config.block_n), config.splits, triton.cdiv(rows, config.block_m))
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    # May be a launch: not between the next two.
-    grid, partials, arrived = _room(config, rows, outputs, inputs, x.device, own)
-    partials, arrived = (code, code) if partials is None else (partials, arrived)  # not touched
-    in_rows = grid[0] * config.block_n if config.slots else outputs * config.splits  # of W, one after the other
+    partials = arrived = code  # not touched by a single split
+    programs = _programs(config, grid, inputs, x.device)
+    if programs or config.splits > 1:
+        size = 2 * programs * config.block_m * config.block_n or config.splits * rows * outputs
+        partials = torch.empty(size, dtype=torch.float32, device=x.device)
+        arrived = arrival_counters(x.device, grid[0] * grid[2], own)  # may be a launch: not between the next two
     ordered, xa = nf4_inputs(x, config.chunks, lora.a if lora else None, own, early)
     with torch.cuda.device_of(x):  # Triton launches on the current device, not on the tensor's
-        nf4_gemm_kernel[grid](
+        nf4_gemm_kernel[(programs, 1, 1) if programs else grid](
             ordered,
             weight.packed.flatten().view(torch.int16),
             weight.absmax,
@@ -140,13 +143,8 @@ def launch(
             y,
             partials,
             arrived,
-            rows,
-            outputs,
-            inputs,
-            inputs // 4,
-            inputs // 64,
-            config.splits,
-            min(inputs // 2, max(64, ahead // in_rows // 16 * 16)),
+            *(rows, outputs, inputs, inputs // 4, inputs // 64, config.splits),
+            min(inputs // 2, max(64, ahead // (programs * config.block_n or outputs * config.splits) // 16 * 16)),
             processors(x.device) if config.apart else 1,
             **_options(x, weight, bias is not None, config),
             EARLY=early,
@@ -157,19 +155,9 @@ def launch(
     return y
 
 
-def _room(
-    config: Nf4Config, rows: int, outputs: int, inputs: int, device: torch.device, own: Tensor | None
-) -> tuple[tuple[int, int, int], Tensor | None, Tensor | None]:
-    """The grid; where programs share tiles, memory for their sums and counters of those that arrived."""
-    grid = (triton.cdiv(outputs, config.block_n), config.splits, triton.cdiv(rows, config.block_m))
-    size, tiles = config.splits * rows * outputs, grid[0] * grid[2]
-    if config.slots:
-        programs = min(processors(device) * config.slots, tiles * (inputs // 64 // config.chunks))
-        grid, size = (programs, 1, 1), 2 * programs * config.block_m * config.block_n
-    elif config.splits == 1:
-        return grid, None, None
-    partials = torch.empty(size, dtype=torch.float32, device=device)
-    return grid, partials, arrival_counters(device, tiles, own)
+def _programs(config: Nf4Config, grid: tuple[int, int, int], inputs: int, device: torch.device) -> int:
+    """Programs that take equal shares of all tiles' steps, none without a step; 0: the grid runs as it is."""
+    return min(processors(device) * config.slots, grid[0] * grid[2] * (inputs // 64 // config.chunks))
 
 
 def _options(x: Tensor, weight: Nf4Weight, has_bias: bool, config: Nf4Config) -> dict[str, Any]:
