@@ -8,7 +8,7 @@ import pytest
 import torch
 from slothrl_kernels import HAS_TRITON, LoraDelta, nf4_lora_matmul_reference, nf4_matmul_reference
 from slothrl_kernels.arrivals import arrival_counters
-from slothrl_kernels.nf4_config import Nf4Config, complete
+from slothrl_kernels.nf4_config import ROW_BUCKETS, Nf4Config, candidates, complete
 from slothrl_kernels.nf4_matmul import launch
 from slothrl_kernels.nf4_shares import collect, share_begin, share_owner
 from slothrl_kernels.switch import jit
@@ -154,3 +154,14 @@ def test_shares_of_whole_tiles_are_the_plain_grids_bits(kernel_device):
     if x.is_cuda:
         pytest.skip("as many programs as multiprocessors")
     assert torch.equal(launch(x, weight, bias, plain), launch(x, weight, bias, shares))
+
+
+def test_tuning_tries_shares():
+    """For every number of rows; what was kept before there were shares is a launch of the plain grid."""
+    for rows in ROW_BUCKETS:
+        shares = [config for config in candidates(rows) if config.slots]
+        assert shares and all(Nf4Config(*config.fields()) == config for config in shares)
+        for config in shares:
+            done = complete(replace(config, splits=7, apart=1), rows, 9728, 896, 132)
+            assert done == replace(config, chunks=2, splits=1, apart=0)
+    assert Nf4Config(*[16, 64, 4, 4, 3, 5, 0, 1, 1]).slots == 0
