@@ -15,6 +15,8 @@ class Nf4Config:
     splits: programs that share K, 0 for `default_splits`. registers: at most so many a thread, 0 for no limit: two
     programs on a multiprocessor beat one that spills nothing. parts: multiplications a step, 1, 2 or 4. apart: 1 where
     the multiprocessors begin at different places of K, so that not all ask for the same lines of X at the same time.
+    slots: programs a multiprocessor, each with an equal share of all tiles' steps (`nf4_shares`), in place of splits
+    and apart; 0: a program a tile and split. Useful only as far as so many fit.
     """
 
     block_m: int
@@ -26,6 +28,7 @@ class Nf4Config:
     registers: int = 0
     parts: int = 4
     apart: int = 0
+    slots: int = 0
 
     def fields(self) -> list[int]:
         return list(astuple(self))
@@ -48,10 +51,12 @@ def bucket(rows: int) -> int:
 
 
 def complete(config: Nf4Config, rows: int, outputs: int, inputs: int, processors: int) -> Nf4Config:
-    """A chunk count that divides K, and a number of splits that leaves no program without work."""
+    """A chunk count that divides K, and a number of splits that leaves no program without work; 1 for equal shares."""
     chunks = config.chunks
     while (inputs // 64) % chunks:
         chunks //= 2
+    if config.slots:
+        return replace(config, chunks=chunks, splits=1, apart=0)
     steps = inputs // 64 // chunks
     splits = config.splits or default_splits(config, rows, outputs, inputs, processors)
     return replace(config, chunks=chunks, splits=max(1, min(splits, steps)))
@@ -70,18 +75,21 @@ def default_splits(config: Nf4Config, rows: int, outputs: int, inputs: int, proc
 # (block_n, chunks, warps, stages, registers, parts) by block_m. Two chunks are 64 bytes of a row of W, four are 128.
 _TILES: dict[int, tuple[tuple[int, ...], ...]] = {
     16: (
-        *((32, 4, 2, 3, 0), (32, 4, 2, 4, 0), (32, 2, 2, 4, 0), (64, 4, 2, 3, 0), (64, 2, 2, 4, 0), (64, 2, 4, 4, 0)),
-        *((64, 4, 4, 3, 0), (64, 4, 4, 4, 0), (64, 4, 4, 3, 128), (128, 2, 8, 4, 128), (128, 4, 8, 3, 128)),
+        *((32, 4, 2, 3, 0), (32, 2, 2, 4, 0), (64, 4, 2, 3, 0), (64, 2, 2, 4, 0), (64, 2, 4, 4, 0)),
+        *((64, 4, 4, 3, 0), (64, 4, 4, 4, 0), (64, 4, 4, 3, 128)),
     ),
     64: (
-        *((64, 2, 4, 3, 0), (64, 2, 4, 3, 128), (64, 2, 4, 4, 128), (64, 4, 4, 3, 168), (128, 2, 4, 3, 0)),
-        *((128, 2, 8, 3, 128), (128, 2, 8, 4, 128), (256, 2, 16, 2, 0), (256, 2, 16, 3, 0)),
-        *((64, 2, 2, 3, 0), (32, 2, 2, 3, 0), (64, 2, 4, 3, 128, 1), (64, 2, 4, 2, 128, 1), (128, 2, 8, 3, 128, 1)),
+        *((64, 2, 4, 3, 0), (64, 2, 4, 3, 128), (64, 2, 4, 4, 128), (128, 2, 8, 3, 128), (128, 2, 8, 4, 128)),
+        *((64, 2, 4, 3, 128, 1), (128, 2, 8, 3, 128, 1)),
     ),
-    128: (
-        *((64, 2, 4, 3, 0), (64, 2, 4, 2, 168), (128, 2, 8, 2, 0), (128, 2, 8, 2, 128), (128, 2, 8, 3, 0)),
-        *((128, 1, 8, 3, 128), (256, 2, 16, 2, 0), (256, 2, 16, 3, 0), (256, 1, 16, 3, 0)),
-    ),
+    128: ((64, 2, 4, 3, 0), (64, 2, 4, 2, 168), (128, 2, 8, 2, 128), (128, 2, 8, 3, 128)),
+}
+# And with slots, as many as registers and shared memory of an H100 let fit, for equal shares.
+_SHARES: dict[int, tuple[tuple[int, ...], ...]] = {
+    16: ((64, 4, 4, 3, 128, 1, 4),),
+    32: ((64, 4, 4, 3, 128, 2, 3),),
+    64: ((64, 2, 4, 4, 128, 2, 2), (64, 2, 4, 3, 0, 2, 3), (128, 2, 8, 3, 128, 1, 2), (128, 2, 8, 3, 128, 2, 2)),
+    128: ((64, 2, 4, 3, 0, 2, 2), (64, 2, 4, 2, 168, 2, 3), (128, 2, 8, 2, 128, 4, 2), (128, 2, 8, 2, 128, 2, 2)),
 }
 
 
@@ -92,5 +100,6 @@ def candidates(rows: int) -> list[Nf4Config]:
     tiles = _TILES[16 if block_m <= 32 else block_m]
     found = [Nf4Config(*[block_m, *tile[:4], 0, *tile[4:]]) for tile in tiles]
     if size == 128:
-        found += [Nf4Config(64, 128, 2, 8, 3, registers=128), Nf4Config(64, 256, 2, 16, 2)]
-    return list(dict.fromkeys([DEFAULTS[size], *found]))
+        found.append(Nf4Config(64, 128, 2, 8, 3, registers=128))
+    shares = [Nf4Config(*[block_m, *tile[:4], 0, *tile[4:6]], slots=tile[6]) for tile in _SHARES[block_m]]
+    return list(dict.fromkeys([DEFAULTS[size], *found, *shares]))

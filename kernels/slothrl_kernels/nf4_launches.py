@@ -17,7 +17,7 @@ import torch
 from slothrl_kernels.nf4_config import DEFAULTS, ROW_BUCKETS, Nf4Config, bucket, complete
 from slothrl_kernels.switch import processors
 
-KERNEL = 3  # winners of another kernel, or of other fields, are nobody's
+KERNEL = 4  # winners of another kernel, or of other fields, are nobody's
 Winners = dict[tuple[int, int, int], Nf4Config]  # by (rows bucket, N, K)
 
 # The linear layers of models of 8, 3 and 0.5 billion parameters, on 2026-11-22 (kernels/README.md): from

@@ -22,6 +22,7 @@ from slothrl_kernels.nf4_config import GEMM_ROWS, Nf4Config, complete
 from slothrl_kernels.nf4_dequantize import nf4_dequantize, nf4_dequantize_reference
 from slothrl_kernels.nf4_inputs import nf4_inputs
 from slothrl_kernels.nf4_launches import choose_config
+from slothrl_kernels.nf4_shares import in_fragments
 from slothrl_kernels.nf4_weight import NestedAbsmax, Nf4Weight
 from slothrl_kernels.switch import HAS_TRITON, Impl, interpreted, processors, takes_triton
 
@@ -124,12 +125,14 @@ def launch(
     grid = (triton.cdiv(outputs, config.block_n), config.splits, triton.cdiv(rows, config.block_m))
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     partials = arrived = code  # not touched by a single split
-    if config.splits > 1:
-        partials = torch.empty(config.splits * rows * outputs, dtype=torch.float32, device=x.device)
+    programs = _programs(config, grid, inputs, x.device)
+    if programs or config.splits > 1:
+        size = 2 * programs * config.block_m * config.block_n or config.splits * rows * outputs
+        partials = torch.empty(size, dtype=torch.float32, device=x.device)
         arrived = arrival_counters(x.device, grid[0] * grid[2], own)  # may be a launch: not between the next two
     ordered, xa = nf4_inputs(x, config.chunks, lora.a if lora else None, own, early)
     with torch.cuda.device_of(x):  # Triton launches on the current device, not on the tensor's
-        nf4_gemm_kernel[grid](
+        nf4_gemm_kernel[(programs, 1, 1) if programs else grid](
             ordered,
             weight.packed.flatten().view(torch.int16),
             weight.absmax,
@@ -140,15 +143,10 @@ def launch(
             y,
             partials,
             arrived,
-            rows,
-            outputs,
-            inputs,
-            inputs // 4,
-            inputs // 64,
-            config.splits,
-            min(inputs // 2, max(64, ahead // (outputs * config.splits) // 16 * 16)),
+            *(rows, outputs, inputs, inputs // 4, inputs // 64, config.splits),
+            min(inputs // 2, max(64, ahead // (programs * config.block_n or outputs * config.splits) // 16 * 16)),
             processors(x.device) if config.apart else 1,
-            **_options(x.dtype, weight, bias is not None, config),
+            **_options(x, weight, bias is not None, config),
             EARLY=early,
             RANK=lora.b.shape[1] if lora else 0,
             SLICES=len(lora.sizes) if lora else 1,
@@ -157,10 +155,15 @@ def launch(
     return y
 
 
-def _options(dtype: torch.dtype, weight: Nf4Weight, has_bias: bool, config: Nf4Config) -> dict[str, Any]:
+def _programs(config: Nf4Config, grid: tuple[int, int, int], inputs: int, device: torch.device) -> int:
+    """Programs that take equal shares of all tiles' steps, none without a step; 0: the grid runs as it is."""
+    return min(processors(device) * config.slots, grid[0] * grid[2] * (inputs // 64 // config.chunks))
+
+
+def _options(x: Tensor, weight: Nf4Weight, has_bias: bool, config: Nf4Config) -> dict[str, Any]:
     """What a kernel is compiled for."""
     options: dict[str, Any] = {
-        "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16,
+        "DTYPE": tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16,
         "CHUNKS_A_BLOCK": weight.blocksize // 64,
         "INNER_BLOCKSIZE": weight.nested.blocksize if weight.nested else 0,
         "HAS_BIAS": has_bias,
@@ -171,6 +174,8 @@ def _options(dtype: torch.dtype, weight: Nf4Weight, has_bias: bool, config: Nf4C
         "CHUNKS": config.chunks,
         "SPLIT": config.splits > 1,
         "PARTS": config.parts,
+        "SHARES": config.slots > 0,
+        "FRAGMENTS": config.slots > 0 and in_fragments(x.device),
         "num_warps": config.warps,
         "num_stages": config.stages,
     }

@@ -4,7 +4,8 @@ It computes Y^T = W X^T: the decoded weights never leave registers, and tokens a
 of 4 weights the first weights are one tile, the second ones another, and so on; X comes in that order (`nf4_inputs`),
 so that nothing is interleaved, and W's and X's rows are read in runs of 64 bytes and more: runs of 32, one sector, cost
 more than the decoding. With splits > 1 the programs of a tile share K; each leaves a float32 partial, and the last to
-arrive adds them in order, in the same launch and to the same bits every time.
+arrive adds them in order, in the same launch and to the same bits every time. Or programs take equal shares of all
+tiles' steps, so that no multiprocessor is left without work (`nf4_shares`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from slothrl_kernels.early_launch import ask_for, wait_for_last
 from slothrl_kernels.nf4_decode import decode_4
 from slothrl_kernels.nf4_dequantize import load_absmax
+from slothrl_kernels.nf4_shares import collect, share_begin
 from slothrl_kernels.switch import HAS_TRITON, jit
 
 if TYPE_CHECKING or HAS_TRITON:
@@ -137,6 +139,84 @@ def finish(
         _write(total, y, address, inside, bias, xa, lora_b, ends, near, token, M, HAS_BIAS, RANK, SLICES, INTERPRETED)
 
 
+@jit
+def _sums(
+    x, packed, absmax, code, inner_code, inner_absmax, offset, row, token, begin, count, turn, M, N, K,
+    row_units, row_chunks,
+    DTYPE: tl.constexpr, CHUNKS_A_BLOCK: tl.constexpr, INNER_BLOCKSIZE: tl.constexpr, PTX: tl.constexpr,
+    INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """(rows, tokens) sums over `count` steps of K from `begin` on, the first of them `begin + turn`."""
+    UNITS: tl.constexpr = 16 * CHUNKS
+    place = tl.arange(0, UNITS)
+    # Rows beyond the end read the last one's memory, and are not written.
+    near_row = tl.minimum(row, N - 1).to(tl.int64)  # 64 bits: N * K may pass 2**31
+    units = packed + near_row[:, None] * row_units + place[None, :]
+    # Tokens beyond the end are not read: all programs would ask for the last one's line at the same time.
+    there = (token < M)[None, :]
+    tokens = x + tl.minimum(token, M - 1)[None, :] * K + tl.arange(0, 4 * UNITS // PARTS)[:, None]
+    chunk = (near_row * row_chunks)[:, None] + tl.arange(0, CHUNKS)[None, :]
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for i in range(count):
+        step = begin + tl.where(i + turn < count, i + turn, i + turn - count)
+        block = (chunk + step * CHUNKS) // CHUNKS_A_BLOCK
+        scale = load_absmax(absmax, block, inner_code, inner_absmax, offset, INNER_BLOCKSIZE)
+        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BLOCK_N, CHUNKS, 16)), (BLOCK_N, UNITS))
+        a, b, c, d = decode_4(tl.load(units + step * UNITS), scale, code, DTYPE, PTX, INTERPRETED)
+        step_tokens = tokens + step * (4 * UNITS)
+        total = _multiply_step(a, b, c, d, step_tokens, there, total, PARTS, PTX, INTERPRETED)
+    return total
+
+
+@jit
+def _ask(packed, row, N, row_units, step, count, ahead, UNITS: tl.constexpr):
+    """Asks for the first bytes of `count` steps of each row of W, then waits for X."""
+    near_row = tl.minimum(row, N - 1).to(tl.int64)
+    ask_for(packed + near_row * row_units + step * UNITS, tl.minimum(ahead, count * 2 * UNITS))
+    wait_for_last()
+
+
+@jit
+def _shares(
+    x, packed, absmax, code, inner_code, inner_absmax, offset, bias, xa, lora_b, ends, y, partials, arrived,
+    M, N, K, row_units, row_chunks, ahead,
+    DTYPE: tl.constexpr, CHUNKS_A_BLOCK: tl.constexpr, INNER_BLOCKSIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    RANK: tl.constexpr, SLICES: tl.constexpr, PTX: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr, FRAGMENTS: tl.constexpr,
+):  # fmt: skip
+    """A program's share of the line of all tiles' steps; tiles of the same rows of W follow each other."""
+    steps = row_chunks // CHUNKS
+    token_tiles = tl.cdiv(M, BLOCK_M)
+    units = tl.cdiv(N, BLOCK_N) * token_tiles * steps
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    unit, end = share_begin(program, programs, units), share_begin(program + 1, programs, units)
+    if EARLY:
+        row = unit // steps // token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+        _ask(packed, row, N, row_units, unit % steps, tl.minimum(end - unit, steps - unit % steps), ahead, 16 * CHUNKS)
+    for tile in range(unit // steps, (end - 1) // steps + 1):
+        begin = tl.maximum(unit - tile * steps, 0)
+        count = tl.minimum(end - tile * steps, steps) - begin
+        row = tile // token_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+        token = tile % token_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+        total = _sums(
+            x, packed, absmax, code, inner_code, inner_absmax, offset, row, token, begin, count, 0, M, N, K,
+            row_units, row_chunks,
+            DTYPE, CHUNKS_A_BLOCK, INNER_BLOCKSIZE, PTX, INTERPRETED, BLOCK_M, BLOCK_N, CHUNKS, PARTS,
+        )  # fmt: skip
+        whole = (count == steps).to(tl.int32)
+        if whole == 0:
+            total, whole = collect(
+                total, partials, arrived, tile, begin, steps, program, programs, units, FRAGMENTS,
+            )  # fmt: skip
+        if whole == 1:
+            address = token.to(tl.int64)[None, :] * N + row[:, None]
+            inside = (token[None, :] < M) & (row[:, None] < N)
+            _write(
+                total, y, address, inside, bias, xa, lora_b, ends, tl.minimum(row, N - 1), token, M,
+                HAS_BIAS, RANK, SLICES, INTERPRETED,
+            )  # fmt: skip
+
+
 @jit(do_not_specialize=["M", "splits", "ahead", "turns"])
 def nf4_gemm_kernel(
     x,
@@ -175,36 +255,32 @@ def nf4_gemm_kernel(
     SPLIT: tl.constexpr,
     PARTS: tl.constexpr,
     EARLY: tl.constexpr,
+    SHARES: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
 ):
-    UNITS: tl.constexpr = 16 * CHUNKS
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    token = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    place = tl.arange(0, UNITS)
-    # Rows beyond the end read the last one's memory, and are not written.
-    near_row = tl.minimum(row, N - 1).to(tl.int64)  # 64 bits: N * K may pass 2**31
-    units = packed + near_row[:, None] * row_units + place[None, :]
-    # Tokens beyond the end are not read: all programs would ask for the last one's line at the same time.
-    there = (token < M)[None, :]
-    tokens = x + tl.minimum(token, M - 1)[None, :] * K + tl.arange(0, 4 * UNITS // PARTS)[:, None]
-    chunk = (near_row * row_chunks)[:, None] + tl.arange(0, CHUNKS)[None, :]
-    share = tl.cdiv(row_chunks // CHUNKS, splits)
-    begin = tl.program_id(1) * share
-    count = tl.minimum(share, row_chunks // CHUNKS - begin)  # none where splits do not divide K
-    turn = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) % turns * count // turns
-    if EARLY:
-        ask_for(packed + near_row * row_units + (begin + turn) * UNITS, tl.minimum(ahead, (count - turn) * 2 * UNITS))
-        wait_for_last()
-    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for i in range(count):
-        step = begin + tl.where(i + turn < count, i + turn, i + turn - count)
-        block = (chunk + step * CHUNKS) // CHUNKS_A_BLOCK
-        scale = load_absmax(absmax, block, inner_code, inner_absmax, offset, INNER_BLOCKSIZE)
-        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BLOCK_N, CHUNKS, 16)), (BLOCK_N, UNITS))
-        a, b, c, d = decode_4(tl.load(units + step * UNITS), scale, code, DTYPE, PTX, INTERPRETED)
-        step_tokens = tokens + step * (4 * UNITS)
-        total = _multiply_step(a, b, c, d, step_tokens, there, total, PARTS, PTX, INTERPRETED)
-    # Large tiles have no registers for more: they would spill, or leave room for one program only where there are two.
-    finish(
-        total, y, bias, xa, lora_b, ends, partials, arrived, row, token, M, N, splits,
-        HAS_BIAS, RANK, SLICES, SPLIT, 4 if BLOCK_M * BLOCK_N <= 2048 else 1, INTERPRETED,
-    )  # fmt: skip
+    if SHARES:
+        _shares(
+            x, packed, absmax, code, inner_code, inner_absmax, offset, bias, xa, lora_b, ends, y, partials, arrived,
+            M, N, K, row_units, row_chunks, ahead,
+            DTYPE, CHUNKS_A_BLOCK, INNER_BLOCKSIZE, HAS_BIAS, RANK, SLICES, PTX, INTERPRETED, BLOCK_M, BLOCK_N, CHUNKS,
+            PARTS, EARLY, FRAGMENTS,
+        )  # fmt: skip
+    else:
+        row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        token = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+        share = tl.cdiv(row_chunks // CHUNKS, splits)
+        begin = tl.program_id(1) * share
+        count = tl.minimum(share, row_chunks // CHUNKS - begin)  # none where splits do not divide K
+        turn = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) % turns * count // turns
+        if EARLY:
+            _ask(packed, row, N, row_units, begin + turn, count - turn, ahead, 16 * CHUNKS)
+        total = _sums(
+            x, packed, absmax, code, inner_code, inner_absmax, offset, row, token, begin, count, turn, M, N, K,
+            row_units, row_chunks,
+            DTYPE, CHUNKS_A_BLOCK, INNER_BLOCKSIZE, PTX, INTERPRETED, BLOCK_M, BLOCK_N, CHUNKS, PARTS,
+        )  # fmt: skip
+        # Large tiles have no registers for more: they would spill, or leave room for one program only instead of two.
+        finish(
+            total, y, bias, xa, lora_b, ends, partials, arrived, row, token, M, N, splits,
+            HAS_BIAS, RANK, SLICES, SPLIT, 4 if BLOCK_M * BLOCK_N <= 2048 else 1, INTERPRETED,
+        )  # fmt: skip

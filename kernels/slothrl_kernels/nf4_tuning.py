@@ -85,7 +85,7 @@ class Trial:
 
 
 def fastest(rows: int, weights: list[Nf4Weight], wanted: Callable[[], bool] = lambda: True) -> tuple[float, Nf4Config]:
-    """(us a call, launch) of the fastest right candidate, and around it of other splits, parts and places in K.
+    """(us a call, launch) of the fastest right candidate, and around it of other splits, parts, shares and places in K.
 
     Args:
         weights: copies of one shape, enough to be out of cache when the first comes round again.
@@ -98,9 +98,10 @@ def fastest(rows: int, weights: list[Nf4Weight], wanted: Callable[[], bool] = la
         if wanted():
             config = trial.complete(config)
             best = min(best, (trial.microseconds(config), config), key=lambda pair: pair[0])
-    splits, parts = best[1].splits, best[1].parts
-    changes = [{"parts": n} for n in {1, 2, 4} - {parts}] + [{"apart": 1}]
-    changes += [{"splits": n} for n in {1, splits // 2, splits * 2, splits * 3} - {0, splits}]
+    splits, parts, slots = best[1].splits, best[1].parts, best[1].slots
+    changes = [{"parts": n} for n in {1, 2, 4} - {parts}] + [{"slots": n} for n in {1, 2, 3, 4} - {slots}]
+    if not slots:
+        changes += [{"splits": n} for n in {1, splits // 2, splits * 2, splits * 3} - {0, splits}] + [{"apart": 1}]
     for change in changes:
         if wanted():
             config = trial.complete(replace(best[1], **change))

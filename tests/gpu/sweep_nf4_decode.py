@@ -2,13 +2,15 @@
 
     python tests/gpu/sweep_nf4_decode.py            # an H100: within 90 s of starting, most of them compiling
     python tests/gpu/sweep_nf4_decode.py --rows 64,128 --limit 60
+    python tests/gpu/sweep_nf4_decode.py --keep     # and later processes of this user take the winners
     TRITON_INTERPRET=1 python tests/gpu/sweep_nf4_decode.py --tiny     # a rehearsal on a CPU, some 10 s
 
 Each launch is compared with the reference before it is timed; wrong ones cannot win and are counted. W is out of cache,
-and calls run in CUDA graphs. Tiles are tried on the 8B shape, with 1 and 4 multiplications a step, some with 2; around
-the best of them, other splits and places in K, and more or less of W asked for ahead; the other models take the 8B
-shapes' best of each number of rows. One slice a LoRA, as when launches are tuned. Ends with lines for
-`nf4_launches.SHIPPED`.
+and calls run in CUDA graphs. Tiles are tried on the 8B shape, with 1 and 4 multiplications a step, some with 2, in a
+grid and in equal shares; around the best of them, other splits and places in K, one to four shares a multiprocessor,
+and more or less of W asked for ahead; the other models take the 8B shapes' best of each number of rows. One slice a
+LoRA, as when launches are tuned. Beside 128 and 256 rows stands what dequantising and cuBLAS take, without a LoRA. Ends
+with lines for `nf4_launches.SHIPPED`.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from slothrl_kernels.nf4_config import DEFAULTS, Nf4Config, bucket, candidates
-from slothrl_kernels.nf4_launches import choose_config
+from slothrl_kernels.nf4_dequantize import nf4_dequantize
+from slothrl_kernels.nf4_launches import Winners, cache_file, choose_config, found_launches, keep
 from slothrl_kernels.nf4_matmul import AHEAD
 from slothrl_kernels.nf4_tuning import Trial, cold_weights, graph_microseconds
 
@@ -36,8 +40,6 @@ MODELS: dict[str, tuple[list[tuple[int, int]], int]] = {
     "0.5b": ([(1152, 896), (896, 896), (9728, 896), (896, 4864)], 24),
 }
 TINY: dict[str, tuple[list[tuple[int, int]], int]] = {"8b": ([(64, 128), (24, 256)], 2), "0.5b": ([(40, 192)], 2)}
-# Three and four programs a multiprocessor, which the candidates have few of.
-EXTRA = {64: [Nf4Config(64, 128, 2, 4, 2, registers=168), Nf4Config(64, 64, 4, 4, 2, registers=168)]}
 AHEADS = (AHEAD // 4, AHEAD * 2)
 
 
@@ -50,12 +52,18 @@ def host_microseconds(call: Callable[[int], Any], _: int) -> float:
 
 def first_tiles(rows: int, tiny: bool) -> list[Nf4Config]:
     """What is tried on the 8B shape."""
-    tiles = [Nf4Config(16, 16, 2, 4, 2)] if tiny else candidates(rows) + EXTRA.get(bucket(rows), [])
+    tiles = [Nf4Config(16, 16, 2, 4, 2), Nf4Config(16, 16, 1, 4, 2, slots=1)] if tiny else candidates(rows)
     found = []
     for config in tiles:
         large = config.block_m >= 64 and config.registers == 128
         found += [replace(config, parts=parts) for parts in ((4, 2, 1) if large else (4, 1))]
+        found += [config] if config.slots else []
     return list(dict.fromkeys(found))
+
+
+def first_shares(configs: list[Nf4Config]) -> list[Nf4Config]:
+    """The first with equal shares, if any: of sorted ones the fastest."""
+    return [config for config in configs if config.slots][:1]
 
 
 def compile_one(job: tuple[list[int], int, int]) -> str:
@@ -71,9 +79,14 @@ def compile_one(job: tuple[list[int], int, int]) -> str:
 
 
 def compile_all(pool: Any, tiles: list[Nf4Config], inputs: int, limit: float, ahead: int = AHEAD) -> None:
-    """Both with K shared and not, which are two kernels; what is not ready in time is compiled when it is timed."""
-    tiles = [config for config in dict.fromkeys(tiles) if (inputs // 64) % config.chunks == 0]
-    jobs = [(replace(config, splits=splits).fields(), inputs, ahead) for config in tiles for splits in (2, 1)]
+    """Both with K shared and not, which are two kernels; what is not ready in time is compiled when it is timed.
+
+    Equal shares are one kernel, of however many programs.
+    """
+    tiles = [config for config in tiles if (inputs // 64) % config.chunks == 0]
+    tiles = list(dict.fromkeys(replace(config, slots=min(1, config.slots)) for config in tiles))
+    kernels = [replace(c, splits=splits) for c in tiles for splits in ((1,) if c.slots else (2, 1))]
+    jobs = [(config.fields(), inputs, ahead) for config in dict.fromkeys(kernels)]
     waiting = pool.map_async(compile_one, jobs, chunksize=1)
     waiting.wait(max(0.0, limit))
     errors = [error for error in waiting.get() if error] if waiting.ready() else ["not all in time"]
@@ -82,7 +95,7 @@ def compile_all(pool: Any, tiles: list[Nf4Config], inputs: int, limit: float, ah
 
 
 class Sweep:
-    """Times by (model, rows): what is chosen now, the best, the best without starting early."""
+    """Times by (model, rows): what is chosen now, the best, the best without starting early and without shares."""
 
     def __init__(self, arguments: argparse.Namespace):
         self.tiny, self.limit = arguments.tiny, arguments.limit
@@ -91,7 +104,7 @@ class Sweep:
         self.totals: dict[tuple[str, int], list[float]] = {}
         self.good: dict[int, list[Nf4Config]] = {}  # the 8B shapes' best, by rows
         self.best: list[tuple[int, int, int, Nf4Config, int]] = []  # the 8B shapes': rows, N, K, launch, layers
-        self.shipped: list[str] = []
+        self.winners: Winners = {}  # where they are faster by 2 %
         self.wrong = 0
 
     def left(self) -> float:
@@ -117,11 +130,13 @@ class Sweep:
             tiles = known if known and (model != "8b" or size in own) else first_tiles(count, self.tiny)
             trial = Trial.of(count, weights)
             found = self.search(trial, tiles)
-            own.setdefault(size, [replace(config, splits=0, apart=0) for _, config in found[:3]])
+            sorted_ones = [replace(config, splits=0, apart=0) for _, config in found]
+            own.setdefault(size, list(dict.fromkeys(sorted_ones[:3] + first_shares(sorted_ones))))
             self.add(model, trial, found, layers)
         if model == "8b":
             for size, tiles in own.items():
-                self.good[size] = list(dict.fromkeys(self.good.get(size, []) + tiles[:1]))
+                good = self.good.get(size, []) + tiles[:1] + first_shares(tiles)
+                self.good[size] = list(dict.fromkeys(good))
 
     def search(self, trial: Trial, tiles: list[Nf4Config]) -> list[tuple[float, Nf4Config]]:
         """The launch that is chosen now, some tiles, and what is around the best of them."""
@@ -129,10 +144,12 @@ class Sweep:
         found = self.times(trial, [choose_config(rows, outputs, inputs, self.device), *tiles])
         if not found:
             return found
-        base = found[0][1]
-        around = [replace(base, splits=n) for n in (1, base.splits // 2, base.splits * 2, base.splits * 3) if n]
-        around += [replace(config, apart=1) for _, config in found[:2]]
-        new = [config for config in around if config not in {known for _, known in found}]
+        known = [config for _, config in found]
+        grids = [config for config in known if not config.slots]
+        around = [replace(c, splits=n) for c in grids[:1] for n in (1, c.splits // 2, c.splits * 2, c.splits * 3) if n]
+        around += [replace(config, apart=1) for config in grids[:2]]
+        around += [replace(config, slots=n) for config in first_shares(known) for n in (1, 2, 3, 4)]
+        new = [config for config in around if trial.complete(config) not in known]
         return sorted(found + self.times(trial, new), key=lambda pair: pair[0])
 
     def add(self, model: str, trial: Trial, found: list[tuple[float, Nf4Config]], layers: int) -> None:
@@ -142,16 +159,26 @@ class Sweep:
         current = next((value for value, config in found if config == now), math.nan)
         best, config = found[0] if found else (math.nan, now)
         ahead = {size: self.times(trial, [config], size) for size in AHEADS}
-        total = self.totals.setdefault((model, rows), [0.0, 0.0, 0.0])
-        for i, value in enumerate((current, best)):
+        grid = next((value for value, c in found if not c.slots), math.nan)
+        total = self.totals.setdefault((model, rows), [0.0, 0.0, 0.0, 0.0])
+        for i, value in ((0, current), (1, best), (3, grid)):
             total[i] += value * layers / 1e3
         if model == "8b":
             self.best.append((rows, outputs, inputs, config, layers))
         asked = ", ".join(f"{size >> 20} MiB {pairs[0][0]:.1f}" for size, pairs in ahead.items() if pairs)
         top = ", ".join(f"{value:.1f} {c.fields()}" for value, c in found[:4])
-        print(f"{model} {outputs} x {inputs} M={rows}: now {current:.1f}; {top}; ahead {asked}", flush=True)
+        beside = f"; grid {grid:.1f}; ahead {asked}{self.dense(model, trial)}"
+        print(f"{model} {outputs} x {inputs} M={rows}: now {current:.1f}; {top}{beside}", flush=True)
         if best < 0.98 * current and rows > 1:
-            self.shipped.append(f"        ({bucket(rows)}, {outputs}, {inputs}): Nf4Config{tuple(config.fields())},")
+            self.winners[bucket(rows), outputs, inputs] = config
+
+    def dense(self, model: str, trial: Trial) -> str:
+        """What dequantising and cuBLAS take, for many rows of the 8B shape."""
+        if model != "8b" or len(trial.x) < 128 or self.left() <= 0:
+            return ""
+        weights = trial.weights
+        found = self.timer(lambda i: F.linear(trial.x, nf4_dequantize(weights[i], trial.x.dtype)), len(weights))
+        return f"; dequantise + cuBLAS {found:.1f}"
 
     def late(self) -> None:
         """The 8B shapes' best again, without starting early, which is another kernel."""
@@ -161,12 +188,22 @@ class Sweep:
             self.totals["8b", rows][2] += found[0][0] * layers / 1e3 if found else math.nan
 
     def report(self) -> None:
-        print("\n| model | rows | chosen now, ms a step | best | best, not started early |\n|---|---|---|---|---|")
-        for (model, rows), (current, best, late) in self.totals.items():
+        print("\n| model | rows | chosen now, ms a step | best | best without shares | best, not started early |")
+        print("|---" * 6 + "|")
+        for (model, rows), (current, best, late, grid) in self.totals.items():
             last = f"{late:.2f}" if late else "-"
-            print(f"| {model} | {rows} | {current:.2f} | {best:.2f} | {last} |")
-        print("\nSHIPPED:\n" + "\n".join(self.shipped))
+            print(f"| {model} | {rows} | {current:.2f} | {best:.2f} | {grid:.2f} | {last} |")
+        print("\nSHIPPED:")
+        for key, config in self.winners.items():
+            print(f"    {key}: Nf4Config{tuple(config.fields())},")
         print(f"\n{self.wrong} launches refused or wrong; {time.time() - START:.0f} s")
+
+
+def keep_winners(winners: Winners) -> None:
+    """Into this user's cache, beside what is there."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    keep({**found_launches(device), **winners}, device)
+    print(f"{len(winners)} kept in {cache_file()}")
 
 
 def main() -> None:
@@ -174,8 +211,11 @@ def main() -> None:
     parser.add_argument("--rows", default="16,64,128,256,1")
     parser.add_argument("--models", default="8b,3b,0.5b")
     parser.add_argument("--limit", type=float, default=85, help="seconds after which nothing more is tried")
+    parser.add_argument("--keep", action="store_true", help="later processes of this user take the winners")
     parser.add_argument("--tiny", action="store_true", help="small shapes, in Triton's interpreter")
     arguments = parser.parse_args()
+    if arguments.keep and arguments.tiny:
+        parser.error("a rehearsal's launches are not worth keeping")
     torch.manual_seed(0)
     models = TINY if arguments.tiny else {name: MODELS[name] for name in arguments.models.split(",")}
     rows = [3, 17, 1] if arguments.tiny else [int(n) for n in arguments.rows.split(",")]
@@ -196,6 +236,8 @@ def main() -> None:
                     compile_all(pool, [config for *_, config, _ in sweep.best], 4096, min(12, sweep.left()), ahead=0)
                 sweep.late()
     sweep.report()
+    if arguments.keep:
+        keep_winners(sweep.winners)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def compile_gemm(config, capability, **constants):
     known = {"DTYPE": tl.bfloat16, "CHUNKS_A_BLOCK": 1, "INNER_BLOCKSIZE": 256, "HAS_BIAS": True, "PTX": True}
     known |= {"RANK": 16, "SLICES": 3, "BLOCK_N": config.block_n, "SPLIT": True, "CHUNKS": config.chunks}
     known |= {"INTERPRETED": False, "BLOCK_M": config.block_m, "PARTS": config.parts}
-    known |= {"EARLY": capability >= 90} | constants
+    known |= {"EARLY": capability >= 90, "SHARES": config.slots > 0, "FRAGMENTS": True} | constants
     if not known["INNER_BLOCKSIZE"]:
         pointers["absmax"] = "*fp32"
     integers = ["M", "N", "K", "row_chunks", "splits", "row_units", "ahead", "turns"]
@@ -70,6 +70,17 @@ def compile_gemm(config, capability, **constants):
     if config.registers:
         options["maxnreg"] = config.registers
     return compile_kernel(nf4_gemm_kernel, pointers, integers, known, capability, **options)
+
+
+def ptxas(compiled, capability: int, folder) -> str:
+    """What the assembler says of registers and spills."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    source = folder / "kernel.ptx"
+    source.write_text(compiled.asm["ptx"])
+    name = "sm_90a" if capability == 90 else f"sm_{capability}"
+    command = [get_ptxas(capability).path, "-v", "--gpu-name", name, str(source), "-o", str(folder / "cubin")]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -117,15 +128,40 @@ def test_default_gemms_fit_a_consumer_card(rows, capability):
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_multiplications_are_under_way_together(parts, tmp_path):
     """ptxas makes Hopper's multiplications wait for each other, one by one, where sums run on into the next turn."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    config = Nf4Config(64, 64, 2, 4, 3, parts=parts)
-    compiled = compile_gemm(config, 90, INNER_BLOCKSIZE=0)
-    source = tmp_path / "gemm.ptx"
-    source.write_text(compiled.asm["ptx"])
-    command = [get_ptxas(90).path, "-v", "--gpu-name", "sm_90a", str(source), "-o", str(tmp_path / "cubin")]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    said = ptxas(compile_gemm(Nf4Config(64, 64, 2, 4, 3, parts=parts), 90, INNER_BLOCKSIZE=0), 90, tmp_path)
     assert "serialized" not in said and "0 bytes spill stores" in said
+
+
+@pytest.mark.parametrize("tile, spilled", [((128, 128, 2, 8, 2, 0, 128, 4), 64), ((64, 128, 2, 8, 3, 0, 128, 1), 16)])
+def test_equal_shares_take_no_more_registers(tile, spilled, tmp_path):
+    """Two programs fit a multiprocessor as without shares, and what little is spilled is outside of the inner loop."""
+    config = Nf4Config(*tile, slots=2)
+    compiled = compile_gemm(config, 90, INNER_BLOCKSIZE=0, SLICES=1, HAS_BIAS=False, SPLIT=False)
+    said = ptxas(compiled, 90, tmp_path)
+    assert "serialized" not in said and compiled.metadata.shared <= 113 << 10
+    assert int(re.findall(r"(\d+) bytes spill stores", said)[0]) <= spilled
+    assert int(re.findall(r"Used (\d+) registers", said)[0]) <= 128
+
+
+@pytest.mark.parametrize(
+    "capability, tile", [(80, (64, 64, 2, 4, 3)), (90, (16, 64, 4, 4, 3)), (90, (32, 32, 2, 2, 3))]
+)
+def test_shared_sums_move_as_they_lie(capability, tile, tmp_path):
+    """Four at a time from a tensor core's own layout, on both generations of multiplications; W is asked for before."""
+    compiled = compile_gemm(Nf4Config(*tile, slots=2), capability)
+    block_m, block_n, _, warps, _ = tile
+    vectors = block_m * block_n // (32 * warps * 4)
+    assert instructions(compiled, r"st\.global\.cg\.v4\.f32") == vectors
+    assert instructions(compiled, r"ld\.global\.cg\.v4\.f32") == vectors
+    moved = [line for line in compiled.asm["ttgir"].splitlines() if "global.cg.v4.f32" in line]
+    assert len(moved) == 2 and all(re.search(rf"tensor<{block_n}x{block_m}xf32, #mma\d*>", line) for line in moved)
+    versions = re.findall(r"#mma\d* = #ttg.nvidia_mma<{versionMajor = (\d)", compiled.asm["ttgir"])
+    assert set(versions) <= {"2", "3"}
+    text = compiled.asm["ptx"]
+    assert ("griddepcontrol.wait" in text) == (capability == 90)
+    if capability == 90:
+        assert not re.search(r"(ld|st|atom|red)\.[a-z.]*global", text[: text.index("griddepcontrol.wait")])
+    assert "serialized" not in ptxas(compiled, capability, tmp_path)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
