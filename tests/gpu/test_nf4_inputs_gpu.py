@@ -149,6 +149,44 @@ def test_an_adapter_written_just_before(hopper, rows):
             assert torch.equal(chain(x, AHEAD), chain(x, 0))
 
 
+def compiled_steps(chain, **options):
+    """Layers whose norms and sums are inductor's kernels, between our launches."""
+    weight, lora = chain.weight, chain.lora
+    arguments = (weight.packed, weight.absmax, weight.code, list(weight.shape), weight.blocksize)
+    arguments = (*arguments, lora.a, lora.b, lora.ends, list(lora.sizes), lora.arrived, chain.bias, "auto")
+
+    def steps(x):
+        for _ in range(LAYERS):
+            normed = torch.nn.functional.rms_norm(x.float(), (WIDTH,)).to(x.dtype)
+            x = x + torch.tanh(torch.ops.slothrl_kernels.nf4_lora_matmul(normed, *arguments))
+        return x
+
+    return torch.compile(steps, fullgraph=True, dynamic=False, options=options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 64])
+def test_between_early_kernels_of_inductor(hopper, rows):
+    """As vLLM runs with `VLLMOptions.early_launch`: kernels that trigger early before ours, and wait for ours after.
+
+    Not the plain ones' bits: inductor times its launches each time it compiles. What was not waited for is far off.
+    """
+    chain, x = Chain(rows), values(rows, 0)
+    early, plain = compiled_steps(chain, **{"triton.enable_pdl": True}), compiled_steps(chain)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    early(x)  # compiled before the capture
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        y = early(x)
+    for seed in range(50):
+        x.copy_(values(rows, seed))
+        graph.replay()
+        first, exact = y.clone(), plain(x).float()
+        assert (first.float() - exact).norm() <= 1e-2 * exact.norm(), seed
+        graph.replay()
+        assert torch.equal(y, first), seed
+
+
 @pytest.mark.parametrize("rank", [16, 32, 48])
 @pytest.mark.parametrize("rows", [1, 33, 128])
 @pytest.mark.parametrize("config", CANDIDATES)
