@@ -5,17 +5,19 @@
 
 First table: ms for the linear layers of 32 layers of Llama-3-8B, LoRA r=16, as one CUDA graph: inputs, GEMM, something
 elementwise, as in a decoding step. Two layers' weights in turn, 218 MB, are more than L2 holds. Second table: us a
-launch of the inputs alone (plain), behind something elementwise whose time is taken off, each with an A not in L2.
+launch of the inputs alone, behind something elementwise whose time is taken off, each with an A not in L2.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import torch
 from bench_tools import case, failures, milliseconds, random, random_weight
 from slothrl_kernels import LoraDelta
-from slothrl_kernels.nf4_inputs import CANDIDATES, nf4_inputs
+from slothrl_kernels.early_launch import starts_early
+from slothrl_kernels.nf4_inputs import CANDIDATES, DEFAULT, nf4_inputs
 from slothrl_kernels.nf4_launches import choose_config
 from slothrl_kernels.nf4_matmul import AHEAD, launch
 
@@ -49,7 +51,7 @@ def time_steps(rows: list[int]) -> None:
     for count in rows:
         cells = []
         for ahead, follows in ARMS.values():
-            x = random(count, 4096)
+            x = random(count, INPUTS["qkv"])
 
             def step(x=x, count=count, ahead=ahead, follows=follows):
                 for layer in range(LAYERS):
@@ -66,40 +68,29 @@ def time_steps(rows: list[int]) -> None:
 
 
 def time_inputs(rows: list[int]) -> None:
-    names = [f"{c.share}, {c.block_n}, {c.warps}, {c.stages}" for c in CANDIDATES]
-    print(
-        "\n### the inputs alone, us; share of K, rows of A, warps, stages\n\n| layer | rows | "
-        + " | ".join(names)
-        + " |"
-    )
-    print("|---" * (2 + len(names)) + "|", flush=True)
-    arrived = torch.zeros(
-        4096, dtype=torch.int32, device="cuda"
-    )  # none of its own: each graph would clear it, each time
+    follows = starts_early(random(1).device)
+    arms = {"as before": (DEFAULT, False)}
+    arms |= {f"{c.share}, {c.block_n}, {c.warps}, {c.stages}": (c, follows) for c in CANDIDATES}
+    print("\n### the inputs alone, us: launched plainly; early by share of K, rows of A, warps, stages\n")
+    print(f"| layer | rows | {' | '.join(arms)} |\n" + "|---" * (2 + len(arms)) + "|", flush=True)
+    arrived = random(4096).to(torch.int32).zero_()  # without, a graph would clear counters before each launch
     for name, inputs in INPUTS.items():
         rank = RANK * len(SLICES[name])
         adapters = random(max(2, (128 << 20) // (rank * inputs * 2)), rank, inputs).unbind()
         for count in rows:
-            chunks = choose_config(count, sum(SLICES[name]), inputs, torch.device("cuda", 0)).chunks
+            chunks = choose_config(count, sum(SLICES[name]), inputs, arrived.device).chunks
             x, y = random(count, inputs), random(count, inputs)
 
-            def before(x=x, y=y):
-                torch.tanh(y, out=x)
+            def calls(arm=None, x=x, y=y, chunks=chunks, adapters=adapters):
+                for a in adapters:
+                    torch.tanh(y, out=x)
+                    if arm:
+                        nf4_inputs(x, chunks, a, arrived, False, arm[1], arm[0])
 
-            def alone(adapters=adapters, before=before):
-                for _ in adapters:
-                    before()
-
-            empty, cells = milliseconds(captured(alone).replay, 5), []
-            for config in CANDIDATES:
-
-                def both(x=x, chunks=chunks, config=config, adapters=adapters, before=before):
-                    for a in adapters:
-                        before()
-                        nf4_inputs(x, chunks, a, arrived, config=config)
-
-                with case(f"{name} {count} {config}"):
-                    taken = milliseconds(captured(both).replay, 5) - empty
+            empty, cells = milliseconds(captured(calls).replay, 5), []
+            for arm in arms.values():
+                with case(f"{name} {count} {arm}"):
+                    taken = milliseconds(captured(partial(calls, arm)).replay, 5) - empty
                     cells.append(f"{taken / len(adapters) * 1e3:.2f}")
             print(f"| {name} | {count} | {' | '.join(cells)} |", flush=True)
 
