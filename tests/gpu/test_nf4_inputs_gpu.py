@@ -98,11 +98,14 @@ class Chain:
         return x
 
 
+chain_of = cache(Chain)
+
+
 @pytest.mark.parametrize("with_lora", [True, False])
 @pytest.mark.parametrize("rows", [1, 16, 64, 256])
 @pytest.mark.parametrize("way", WAYS)
 def test_after_anything_eagerly(hopper, way, rows, with_lora):
-    chain, target = Chain(rows, with_lora), torch.zeros(rows, WIDTH, device="cuda", dtype=torch.bfloat16)
+    chain, target = chain_of(rows, with_lora), torch.zeros(rows, WIDTH, device="cuda", dtype=torch.bfloat16)
     for seed in range(10):
         source = values(rows, seed)
         torch.cuda.synchronize()
@@ -116,7 +119,7 @@ def test_after_anything_eagerly(hopper, way, rows, with_lora):
 @pytest.mark.parametrize("way", WAYS)
 def test_after_anything_in_a_graph(hopper, way, rows):
     """50 replays, each on other values; the reference runs plainly, on what the same way wrote."""
-    chain, source = Chain(rows), values(rows, 0)
+    chain, source = chain_of(rows), values(rows, 0)
     target, plain = torch.zeros_like(source), torch.zeros_like(source)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     way(source, target)
@@ -171,7 +174,7 @@ def test_between_early_kernels_of_inductor(hopper, rows):
 
     Not the plain ones' bits: inductor times its launches each time it compiles. What was not waited for is far off.
     """
-    chain, x = Chain(rows), values(rows, 0)
+    chain, x = chain_of(rows), values(rows, 0)
     early, plain = compiled_steps(chain, **{"triton.enable_pdl": True}), compiled_steps(chain)
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     early(x)  # compiled before the capture
