@@ -15,6 +15,7 @@ from slothrl.engine import Engine, Rollout, Sampling, TokenIds, end_token_ids
 from slothrl.errors import UserError
 from slothrl.lora_slot import LoraShape, LoraSlot
 from slothrl.streams import OwnStream
+from slothrl.vllm_compilation import compilation, graph_sizes
 from slothrl.vllm_described import described
 from slothrl.vllm_linear import NF4, PLAIN
 from slothrl.vllm_requests import Served, serve
@@ -40,6 +41,7 @@ class VLLMOptions:
             on a CPU, where vLLM's LoRA takes time in proportion to rank times tokens.
         view: with our layers over nf4, generate from a 16-bit view of the base with the LoRA folded in, made when the
             engine wakes and freed when it sleeps: faster for very many sequences, and approximate (one more rounding).
+        early_launch: kernels that torch.compile makes start before the last one has ended (`vllm_compilation`).
     """
 
     path: str
@@ -57,6 +59,7 @@ class VLLMOptions:
     kv_cache_dtype: str = "auto"
     prefix_caching: bool = True
     view: bool = False
+    early_launch: bool = False
 
 
 class VLLMEngine(Engine):
@@ -269,19 +272,10 @@ def _arguments(options: VLLMOptions, lora: LoraShape, linear: str | None) -> dic
     if on_gpu:
         arguments["gpu_memory_utilization"] = options.gpu_memory_utilization
         if not options.enforce_eager:
-            arguments["compilation_config"] = {"cudagraph_capture_sizes": graph_sizes(options.max_num_seqs)}
+            arguments["compilation_config"] = compilation(graph_sizes(options.max_num_seqs), options.early_launch)
     if options.kv_cache_gb is not None or not on_gpu:
         arguments["kv_cache_memory_bytes"] = int((options.kv_cache_gb or 1.0) * 2**30)
     return arguments
-
-
-def graph_sizes(sequences: int) -> list[int]:
-    """The batch sizes whose decoding steps are recorded as CUDA graphs: 1, 2, 4, multiples of 8 up to 64, then of 16.
-
-    vLLM records up to twice its sequences, which a decoding step never has; each size takes seconds and memory.
-    """
-    sizes = [1, 2, 4, *range(8, 65, 8), *range(80, sequences + 16, 16)]
-    return [*(size for size in sizes if size < sequences), sequences]
 
 
 def _free_bytes() -> int:

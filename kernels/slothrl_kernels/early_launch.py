@@ -1,12 +1,26 @@
 """A kernel that starts while the one before it still runs: programmatic dependent launch, from Hopper on.
 
-Source: NVIDIA's CUDA programming guide, "Programmatic Dependent Launch and Synchronization". The first kernel calls
-`let_next_start` at once; the second is launched with Triton's `launch_pdl`, does what needs nothing of the first, and
-calls `wait_for_last` before it reads or writes anything else: that returns when the first is finished and its writes
-are visible. The hardware waits, so nothing can deadlock, and a CUDA graph keeps it as an edge between the two launches.
+Source: NVIDIA's CUDA programming guide, "Programmatic Dependent Launch and Synchronization"; PTX's `griddepcontrol`. A
+kernel launched with Triton's `launch_pdl` may start when every program of the kernel before it on the stream has called
+`let_next_start` or has ended. It does what needs nothing of that kernel, and calls `wait_for_last` before it reads or
+writes anything else: that returns when the last kernel is finished and its writes are visible. The hardware waits, so
+nothing can deadlock, and a CUDA graph keeps it as an edge between the two launches.
 
-Rules for a pair: nothing else may be launched between the two (a memset would take the edge); the first is launched
-plainly, so it starts when all before it is done; every program of the second waits, so what comes after may rely on it.
+Rules for a chain of such kernels (`nf4_inputs` after anything at all, the nf4 GEMM after `nf4_inputs`):
+
+1. Every program waits, whatever else it does. So the third kernel, which waits for the second alone, may rely on the
+   first: the second was not finished before the first was. It follows too that memory is free to be written again, as
+   the allocator and graphs do: whoever read it before has ended.
+2. Before the wait no value is read, and nothing written. Not even what "was there long before": in eager mode the
+   kernel just before may have written it (a LoRA pushed, then a prefill), or it may lie in memory just handed on.
+   `ask_for` reads no value: it brings lines into L2, where whoever writes them later writes them too.
+3. A kernel that lets the next start before it has waited itself must know the next: one that keeps rules 1 and 2, with
+   nothing launched between (counters are made before the first of the two). After others it does not matter what comes:
+   a kernel launched plainly starts when all before it is finished.
+4. The kernel before may be anything. If it triggers early, the wait covers it; if it never does, the start waits for
+   its programs' end and the wait for its writes; a memset, a copy or another stream's event is waited for whole.
+5. What follows the chain sees a kernel that triggers by ending. torch's inductor may launch its own kernels so too
+   (`triton.enable_pdl`, 2.11): behind an operator that it does not know they wait before their first access.
 """
 
 from __future__ import annotations

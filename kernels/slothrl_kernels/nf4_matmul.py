@@ -114,11 +114,18 @@ def aligned(x: Tensor) -> Tensor:
 
 
 def launch(
-    x: Tensor, weight: Nf4Weight, bias: Tensor | None, config: Nf4Config, lora: Any = None, ahead: int = AHEAD
+    x: Tensor,
+    weight: Nf4Weight,
+    bias: Tensor | None,
+    config: Nf4Config,
+    lora: Any = None,
+    ahead: int = AHEAD,
+    follows: bool = True,
 ) -> Tensor:
     """x (M, K) contiguous -> (M, N); lora: a `nf4_lora.LoraDelta`, added before the result is rounded.
 
     ahead: bytes of W that the GEMM asks for while X is put in order, from Hopper on; 0: it starts when that is done.
+    follows: X is put in order by a launch that starts early too, where the GEMM does; for timing without.
     """
     own, early = lora.arrived if lora else None, ahead > 0 and starts_early(x.device)
     (rows, inputs), outputs, nested, code = x.shape, weight.shape[0], weight.nested, weight.code
@@ -130,7 +137,7 @@ def launch(
         size = 2 * programs * config.block_m * config.block_n or config.splits * rows * outputs
         partials = torch.empty(size, dtype=torch.float32, device=x.device)
         arrived = arrival_counters(x.device, grid[0] * grid[2], own)  # may be a launch: not between the next two
-    ordered, xa = nf4_inputs(x, config.chunks, lora.a if lora else None, own, early)
+    ordered, xa = nf4_inputs(x, config.chunks, lora.a if lora else None, own, early, early and follows)
     with torch.cuda.device_of(x):  # Triton launches on the current device, not on the tensor's
         nf4_gemm_kernel[(programs, 1, 1) if programs else grid](
             ordered,

@@ -165,16 +165,26 @@ def test_shared_sums_move_as_they_lie(capability, tile, tmp_path):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_inputs_of_the_gemm_compile(capability):
+@pytest.mark.parametrize(("block_n", "has_a"), [(16, True), (32, True), (16, False)])
+def test_inputs_of_the_gemm_wait_before_memory(block_n, has_a, capability):
+    """On Hopper: the GEMM may start, A is asked for, the last kernel is waited for, and only then memory is touched."""
     from slothrl_kernels.nf4_inputs import nf4_inputs_kernel
 
     pointers = dict.fromkeys(("x", "ordered", "a", "xa"), "*bf16") | {"partials": "*fp32", "arrived": "*i32"}
-    constants = {"INTERPRETED": False, "BLOCK_M": 64, "BLOCK_N": 64, "GROUP": 256, "SPLIT": True, "HAS_A": True}
-    constants["EARLY"] = capability >= 90
+    constants = {"INTERPRETED": False, "BLOCK_M": 16, "BLOCK_N": block_n, "GROUP": 256, "SPLIT": True, "HAS_A": has_a}
+    constants |= dict.fromkeys(("EARLY", "FOLLOWS"), capability >= 90)
     options = {"num_warps": 4, "num_stages": 2}
     compiled = compile_kernel(nf4_inputs_kernel, pointers, ("M", "N", "K", "splits"), constants, capability, **options)
     assert compiled.metadata.shared <= CONSUMER_SHARED_MEMORY
-    assert ("griddepcontrol.launch_dependents" in compiled.asm["ptx"]) == (capability == 90)
+    text = compiled.asm["ptx"]
+    assert ("griddepcontrol.wait" in text) == ("griddepcontrol.launch_dependents" in text) == (capability == 90)
+    assert ("cp.async.bulk.prefetch.L2" in text) == (has_a and capability == 90)
+    touches = [found.start() for found in re.finditer(r"(ld|st|atom|red|cp\.async(?!\.bulk))\.[a-z0-9:.]*global", text)]
+    assert touches
+    if capability == 90:
+        order = ["launch_dependents", *(["prefetch.L2"] if has_a else []), "griddepcontrol.wait"]
+        places = [text.index(name) for name in order]
+        assert places == sorted(places) and places[-1] < min(touches)
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -5,7 +5,7 @@ import torch
 
 from slothrl.engine import Rollout, Sampling, TransformersEngine, model_logprobs
 from slothrl.rollout import wants_view
-from slothrl.vllm_engine import graph_sizes
+from slothrl.vllm_compilation import compilation, graph_sizes
 from tests.helpers import tiny_model, tiny_tokenizer
 
 
@@ -119,3 +119,13 @@ def test_view_is_for_many_sequences_and_free_memory():
 )
 def test_graphs_are_recorded_up_to_the_sequences_there_are(sequences, sizes):
     assert graph_sizes(sequences) == sizes
+
+
+def test_early_launch_is_an_option_of_inductor():
+    import torch._inductor.config as inductor
+
+    assert compilation([1, 2]) == {"cudagraph_capture_sizes": [1, 2]}
+    patches = compilation([1, 2], early_launch=True)["inductor_compile_config"]
+    with inductor.patch(patches):  # refuses a name that it does not know
+        assert inductor.triton.enable_pdl
+    assert not inductor.triton.enable_pdl
