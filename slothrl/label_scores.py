@@ -70,6 +70,9 @@ def why_no_label_scores(model: nn.Module, dtype: torch.dtype | None = None) -> s
         return str(error)
     if head.trainable:
         return "the output head is trained"
+    module = _base_model(model).get_output_embeddings()
+    if not isinstance(module, nn.Linear):  # whose weight may not be all that it computes
+        return f"the output head is a {type(module).__name__}, and no plain linear layer"
     if dtype not in (None, head.weight.dtype):
         return f"the output head is {str(head.weight.dtype)[6:]}, and {str(dtype)[6:]} is computed in"
     return None

@@ -206,7 +206,10 @@ def _selective_log_softmax_kernel(
     peak = tl.full((), -1.0e30, tl.float32)  # finite, so that peak - new_peak is never inf - inf
     total = tl.full((), 0.0, tl.float32)  # sum of exp(x - peak)
     weighted = tl.full((), 0.0, tl.float32)  # sum of exp(x - peak) * (x - peak)
-    chosen = tl.zeros((BLOCK,), tl.float32)  # x at the label's column, 0 in all others
+    # Before anything is written: probs may overwrite logits below. One register, where a sum over blocks took sixteen.
+    inside = (label >= 0) & (label < vocab)
+    chosen = _load_scaled(logits, tl.where(inside, label, 0), vocab, inner, outer, SOFTCAP)  # x at the label's column
+    chosen = tl.where(inside, chosen, 0.0)  # and no fused multiply-add with -peak, which is 0 at the peak itself
     ahead = tl.full((BLOCK,), -float("inf"), tl.float32)  # the largest x before the label's column
     for start in range(0, vocab, BLOCK):
         column = start + columns
@@ -221,20 +224,17 @@ def _selective_log_softmax_kernel(
         weighted = shrink * (weighted + (peak - new_peak) * total)
         weighted += tl.sum(tl.where(weight > 0, weight * shifted, 0.0), 0)
         total = shrink * total + tl.sum(weight, 0)
-        # Read from the block and not from memory again: probs may overwrite logits below.
-        chosen += tl.where(column == label, x, 0.0)
         peak = new_peak
 
     log_total = tl.log(total)
     kept = label != IGNORE
-    logprob = tl.where((label >= 0) & (label < vocab), tl.sum(chosen, 0) - peak - log_total, float("nan"))
+    logprob = tl.where(inside, chosen - peak - log_total, float("nan"))
     tl.store(out + row, tl.where(kept, logprob, 0.0))
     tl.store(out + rows + row, tl.where(kept, log_total - weighted / total, 0.0))
     tl.store(out + 2 * rows + row, tl.where(kept, peak + log_total, 0.0))
 
     if WRITE_TOP1:
-        x = tl.sum(chosen, 0)
-        first = kept & (label >= 0) & (label < vocab) & (x >= peak) & (x > tl.max(ahead, 0))  # pyright: ignore
+        first = kept & inside & (chosen >= peak) & (chosen > tl.max(ahead, 0))
         tl.store(top1 + row, first.to(tl.int8))
 
     if WRITE_PROBS:
