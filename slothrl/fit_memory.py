@@ -99,7 +99,7 @@ class Settings:
     def route(self) -> Route:
         quantized = self.quantization != "none"
         offload = self.activations in ("offload", "both")
-        return Route(self.trainer, self.width, quantized, self.checkpointing, self.fused, offload)
+        return Route(self.width, quantized, self.checkpointing, self.fused, offload)
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,7 @@ def selective_logprobs(
     with_entropy: bool = True,
     entropy_grad: bool = False,
     impl: Impl = "auto",
+    top1_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """log p(label | hidden) for each token, and the entropy of its distribution, `chunk_size` tokens at a time.
 
@@ -108,12 +109,15 @@ def selective_logprobs(
         entropy_grad: let gradients flow through the entropies; without it they are constants.
         impl: "triton" or "torch" for the softmax over a chunk; "auto": triton where the tensors are on CUDA and Triton
             is installed. The checkpointed route is always torch.
+        top1_out: (N,) bool on the head's device, receives whether a label is the likeliest token, the first one of
+            equals; False where it is -100. From the chunks at hand, on the frozen route alone.
 
     Returns:
         logprobs (N,), entropy (N,) or None: float32, in nats (float64 for a float64 head).
 
     Raises:
-        ValueError: temperature or chunk_size not positive, an unknown impl, or impl="triton" on the other route.
+        ValueError: temperature or chunk_size not positive, an unknown impl, or impl="triton" or a `top1_out` on the
+            other route.
         RuntimeError: impl="triton" and Triton is not installed.
     """
     if temperature <= 0 or chunk_size < 1:
@@ -124,14 +128,14 @@ def selective_logprobs(
     # Autocast would redo the choice of dtype that the docstring promises.
     with torch.autocast(hidden.device.type, enabled=False):
         if head.trainable or entropy_grad:
-            if impl == "triton":
-                raise ValueError("impl='triton' needs a frozen head and no entropy_grad")
+            if impl == "triton" or top1_out is not None:
+                raise ValueError("impl='triton' and top1_out need a frozen head and no entropy_grad")
             logprobs, entropy = _checkpointed(hidden, labels, head, temperature, chunk_size)
             entropy = entropy if entropy_grad else entropy.detach()
         else:
             softmax = _softmax_over_chunk(hidden, impl)
             logprobs, entropy = _FrozenHead.apply(  # pyright: ignore[reportGeneralTypeIssues]
-                hidden, labels, head, 1 / temperature, chunk_size, softmax, torch.is_grad_enabled()
+                hidden, labels, head, 1 / temperature, chunk_size, softmax, torch.is_grad_enabled(), top1_out
             )
     return logprobs, entropy if with_entropy else None
 
@@ -146,7 +150,7 @@ class _FrozenHead(torch.autograd.Function):
     """(N, h) hidden -> (N,) logprobs, (N,) entropy without gradient; saves d logprob / d hidden and nothing else."""
 
     @staticmethod
-    def forward(ctx, hidden, labels, head, inv_temperature, chunk_size, softmax, grad_enabled):
+    def forward(ctx, hidden, labels, head, inv_temperature, chunk_size, softmax, grad_enabled, top1):
         slope = torch.empty_like(hidden) if grad_enabled and ctx.needs_input_grad[0] else None  # (N, h)
         dtype = torch.float64 if head.weight.dtype == torch.float64 else torch.float32
         logprobs, entropy = hidden.new_empty(2, hidden.size(0), dtype=dtype).unbind()
@@ -155,8 +159,9 @@ class _FrozenHead(torch.autograd.Function):
             logits = F.linear(hidden[rows].to(head.weight.dtype), head.weight, head.bias)  # (C, V)
             # The probabilities replace the logits in their own memory.
             into = None if slope is None else logits
+            hits = None if top1 is None else top1[rows]
             logprobs[rows], entropy[rows], lse = softmax(
-                logits, labels[rows], inv_temperature, into, head.softcap, head.scale
+                logits, labels[rows], inv_temperature, into, head.softcap, head.scale, hits
             )
             if slope is not None:
                 slope[rows] = _slope(logits, labels[rows], logprobs[rows], lse, head, inv_temperature)
@@ -173,7 +178,7 @@ class _FrozenHead(torch.autograd.Function):
         (slope,) = ctx.saved_tensors
         # out=: the product is rounded to the hidden dtype once, without a float32 copy of (N, h).
         grad = torch.mul(slope, grad_logprobs[:, None], out=torch.empty_like(slope))
-        return grad, None, None, None, None, None, None
+        return grad, None, None, None, None, None, None, None
 
 
 def _slope(

@@ -200,7 +200,9 @@ def describe(prepared: Prepared, trainer, base: Base, output_dir: Path, fused: R
     plan.add("step", _batch(prepared, args).describe())
     steps = args.max_steps if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     plan.add("steps", f"{steps}, lr {args.learning_rate:g}")
-    if not prepared.sft:
+    if prepared.sft:
+        plan.add("head", trainer.describe_head())
+    else:
         plan.add("update", trainer.describe_update())
         plan.add("engine", f"{prepared.engine.name} ({prepared.engine.reason})")
         if base.engine is not None:

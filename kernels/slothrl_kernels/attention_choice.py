@@ -1,34 +1,47 @@
-"""Which backend attends over a pack: what each can do, and the fastest of them on this GPU, measured once a kind."""
+"""Which backend attends over a pack: what each can do, and the fastest of them on this GPU, measured once a kind.
+
+What was measured is kept in the user's cache (`kept_timings`): backends round differently, and so a later run, or one
+that goes on, takes the same ones.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.attention
 from torch import Tensor
 
+from slothrl_kernels import kept_timings
 from slothrl_kernels.attention_dense import is_dense
+from slothrl_kernels.attention_package import installed_version, refusal_of_package
 from slothrl_kernels.attention_rule import Rule
 from slothrl_kernels.packed_layout import PackedLayout
 from slothrl_kernels.switch import takes_triton
 
-AttentionImpl = Literal["auto", "flash", "triton", "sdpa", "flex", "torch"]
-IMPLS = ("flash", "triton", "sdpa", "flex", "torch")
+AttentionImpl = Literal["auto", "flash", "flash_attn", "triton", "sdpa", "flex", "torch"]
+IMPLS = ("flash", "flash_attn", "triton", "sdpa", "flex", "torch")
 # Not measured: flex, whose compilation takes tens of seconds, and torch, which keeps all probabilities.
-CANDIDATES = ("flash", "triton", "sdpa")
+CANDIDATES = ("flash", "flash_attn", "triton", "sdpa")
+SUBJECT = "attention_choices"  # the file's name
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend taken for a kind of call, and each candidate's milliseconds, forward and backward, or its error."""
+    """The backend taken for a kind of call, and each candidate's milliseconds, forward and backward, or its error.
+
+    Attributes:
+        kept: an earlier process measured it.
+    """
 
     impl: str
     measured: dict[str, float | str]
+    kept: bool = False
 
 
-CHOICES: dict[tuple, Choice] = {}  # what was measured in this process
+CHOICES: dict[tuple, Choice] = {}  # what was measured, or taken over, in this process
 
 
 def said() -> list[str]:
@@ -41,7 +54,8 @@ def said() -> list[str]:
             f"{impl} {found:.2f} ms" if isinstance(found, float) else f"{impl}: {found}"
             for impl, found in choice.measured.items()
         )
-        lines.append(f"{choice.impl} for up to {2**tokens:,} tokens, {kind}, {str(dtype)[6:]} ({times})")
+        kept = f"; kept from an earlier run in {kept_timings.timings_file(SUBJECT)}" if choice.kept else ""
+        lines.append(f"{choice.impl} for up to {2**tokens:,} tokens, {kind}, {str(dtype)[6:]} ({times}{kept})")
     return lines
 
 
@@ -61,6 +75,8 @@ def refusal(impl: str, q: Tensor, layout: PackedLayout, rule: Rule) -> str | Non
         return "it has no backward on a CPU"
     if impl == "flex":
         return "it takes 32 and 16 bits" if q.dtype == torch.float64 else None
+    if impl == "flash_attn":
+        return refusal_of_package(q, layout, rule)
     return _refusal_of_flash(q, layout, rule)
 
 
@@ -79,9 +95,9 @@ def _refusal_of_flash(q: Tensor, layout: PackedLayout, rule: Rule) -> str | None
 def choose(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, rule: Rule, run: Callable[..., Tensor]) -> str:
     """The backend for impl="auto": the reference off CUDA, else the fastest candidate that serves.
 
-    Each kind of call is measured once a process, forward and backward on the tensors at hand, and remembered: GPU,
-    dtype, heads, features of the rule and the layout, token counts rounded up to powers of two. While a CUDA graph
-    captures or torch.compile traces, and where only one serves, nothing is measured.
+    Each kind of call is measured once, forward and backward on the tensors at hand, and remembered, here and in the
+    user's cache: GPU, dtype, heads, features of the rule and the layout, token counts rounded up to powers of two.
+    While a CUDA graph captures or torch.compile traces, and where only one serves, nothing is measured.
 
     Args:
         run: (impl, q, k, v, layout, rule) -> the output of `packed_attention` by that backend.
@@ -97,11 +113,39 @@ def choose(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, rule: Rule, ru
         return serving[0] if serving else "torch"
     key = _kind(q, k, layout, rule)
     if key not in CHOICES:
-        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        if torch.compiler.is_compiling():
             return serving[0]
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]  # the same memory
-        CHOICES[key] = _measure(serving, lambda impl: run(impl, *leaves, layout, rule), leaves)
+        group = measured_on(q.device)
+        if (choice := _recalled(group, key, serving)) is None:
+            if torch.cuda.is_current_stream_capturing():
+                return serving[0]
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]  # the same memory
+            choice = _measure(serving, lambda impl: run(impl, *leaves, layout, rule), leaves)
+            if isinstance(choice.measured[choice.impl], float):  # else none of them ran
+                kept_timings.keep(SUBJECT, group, _text(key), {"impl": choice.impl, "measured": choice.measured})
+        CHOICES[key] = choice
     return CHOICES[key].impl
+
+
+def measured_on(device: torch.device) -> str | None:
+    """Which GPU and versions a choice is one for, those of FlashAttention among them; None off CUDA."""
+    group = kept_timings.timed_on(device)
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)  # since torch 2.11; None: torch's own
+    behind = current() if current is not None else None
+    return group and f"{group}, flash {behind or 'of torch'}, flash-attn {installed_version()}"
+
+
+def _text(key: tuple) -> str:
+    return ", ".join(map(str, key[1:]))  # the GPU is the group's
+
+
+def _recalled(group: str | None, key: tuple, serving: list[str]) -> Choice | None:
+    """What an earlier process measured for this kind; None where nothing is kept that can be taken."""
+    stored: Any = kept_timings.recall(SUBJECT, group).get(_text(key))
+    if not isinstance(stored, dict) or stored.get("impl") not in serving:
+        return None
+    measured = stored.get("measured")
+    return Choice(stored["impl"], measured if isinstance(measured, dict) else {}, kept=True)
 
 
 def _kind(q: Tensor, k: Tensor, layout: PackedLayout, rule: Rule) -> tuple:

@@ -16,6 +16,7 @@ from torch import Tensor
 from slothrl_kernels.attention_choice import IMPLS, AttentionImpl, choose, refusal
 from slothrl_kernels.attention_dense import dense_attention
 from slothrl_kernels.attention_flash import flash_attention
+from slothrl_kernels.attention_package import package_attention
 from slothrl_kernels.attention_rule import Rule
 from slothrl_kernels.packed_layout import PackedLayout
 from slothrl_kernels.switch import HAS_TRITON
@@ -40,10 +41,11 @@ def packed_attention(
         scale: of q k^T, above 0; None: d ** -0.5.
         window: only keys at a position > the query's - window, as transformers' sliding_window; None: all.
         softcap: scores s become softcap * tanh(s / softcap); None: as they are.
-        impl: who computes it. "flash": torch's FlashAttention, a shared prefix as a second call; "triton": our kernels;
-            "sdpa": torch's dense attention, cuDNN's where there is one, for segments of one length without parents;
-            "flex": FlexAttention; "torch": the reference. "auto": the reference off CUDA, else the fastest of the first
-            three that serves, measured once a kind of call (`attention_choice.CHOICES`).
+        impl: who computes it. "flash": torch's FlashAttention, a shared prefix as a second call; "flash_attn": the
+            package of that name, without shared prefixes; "triton": our kernels; "sdpa": torch's dense attention,
+            cuDNN's where there is one, for segments of one length without parents; "flex": FlexAttention; "torch": the
+            reference. "auto": the reference off CUDA, else the fastest of the first four that serves, measured once a
+            kind of call (`attention_choice.CHOICES`).
 
     Returns:
         (T, Hq, d) in the dtype of q.
@@ -81,7 +83,8 @@ def _run(impl: str, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, rule:
         from slothrl_kernels.attention_flex import flex_packed_attention  # brings torch's compiler along
 
         return flex_packed_attention(q, k, v, layout, rule)
-    return (flash_attention if impl == "flash" else dense_attention)(q, k, v, layout, rule)
+    backends = {"flash": flash_attention, "flash_attn": package_attention, "sdpa": dense_attention}
+    return backends[impl](q, k, v, layout, rule)
 
 
 def packed_attention_reference(

@@ -38,6 +38,7 @@ def selective_log_softmax_reference(
     probs_out: Tensor | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
+    top1_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The plain-torch truth of `selective_log_softmax`; differentiable as long as `probs_out` is not given.
 
@@ -47,7 +48,7 @@ def selective_log_softmax_reference(
         ValueError: shapes or dtypes that do not fit.
         RuntimeError: a label outside of the vocabulary (IndexError or a device assert, as torch.gather has it).
     """
-    _check(logits, labels, probs_out, softcap)
+    _check(logits, labels, probs_out, softcap, top1_out)
     x = (logits if logits.dtype == torch.float64 else logits.float()) * scale  # (N, V)
     bent = None if softcap is None else torch.tanh(x / softcap)
     x = (x if bent is None or softcap is None else bent * softcap) * inv_temperature
@@ -58,6 +59,8 @@ def selective_log_softmax_reference(
     chosen = log_probs.gather(1, labels.masked_fill(ignored, 0)[:, None]).squeeze(1)
     # A logit of -inf has p = 0 and no part in the entropy; unclamped it would be 0 * -inf.
     entropy = -(probs * log_probs.clamp_min(torch.finfo(x.dtype).min)).sum(-1)
+    if top1_out is not None:
+        top1_out.copy_(x.argmax(-1) == labels)  # the first of equals
     if probs_out is not None:
         probs = probs if bent is None else probs * (1 - bent.square())
         probs_out.copy_(probs.masked_fill(ignored[:, None], 0.0))
@@ -71,6 +74,7 @@ def selective_log_softmax(
     probs_out: Tensor | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
+    top1_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same in one Triton kernel; nothing of size (N, V) is allocated, and there is no autograd.
 
@@ -82,6 +86,8 @@ def selective_log_softmax(
             With a softcap softmax(x) (1 - tanh^2), which the gradient takes.
         softcap: positive bound of the scaled logits, or None.
         scale: the model's own factor on the logits, before the softcap.
+        top1_out: (N,) bool, receives whether the label's logit is the largest of its row, the first one of equals;
+            False in the rows left out.
 
     Returns:
         logprob (N,), entropy (N,), lse (N,): float32, nats; 0 in the rows left out. A label outside of the vocabulary
@@ -93,7 +99,7 @@ def selective_log_softmax(
     """
     if not HAS_TRITON:
         raise RuntimeError("selective_log_softmax needs Triton; selective_log_softmax_reference does not")
-    _check(logits, labels, probs_out, softcap)
+    _check(logits, labels, probs_out, softcap, top1_out)
     if logits.dtype == torch.float64:
         raise ValueError("the kernel works in float32: float64 logits need selective_log_softmax_reference")
     rows, vocab = logits.shape
@@ -107,6 +113,7 @@ def selective_log_softmax(
             labels.contiguous(),
             out,
             logits if probs_out is None else probs_out,
+            out if top1_out is None else top1_out.view(torch.int8),
             logits.stride(0),
             logits.stride(0) if probs_out is None else probs_out.stride(0),
             rows,
@@ -116,13 +123,16 @@ def selective_log_softmax(
             SOFTCAP=softcap is not None,
             IGNORE=IGNORE_LABEL,
             WRITE_PROBS=probs_out is not None,
+            WRITE_TOP1=top1_out is not None,
             BLOCK=block,
             num_warps=max(1, min(8, block // 512)),
         )
     return out[0], out[1], out[2]
 
 
-def _check(logits: Tensor, labels: Tensor, probs_out: Tensor | None, softcap: float | None) -> None:
+def _check(
+    logits: Tensor, labels: Tensor, probs_out: Tensor | None, softcap: float | None, top1_out: Tensor | None
+) -> None:
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be above 0, not {softcap}")
     if logits.dim() != 2 or not logits.is_floating_point():
@@ -132,6 +142,8 @@ def _check(logits: Tensor, labels: Tensor, probs_out: Tensor | None, softcap: fl
         raise ValueError(f"labels must be ({logits.size(0)},) int64 on {logits.device}, not {found}")
     if probs_out is not None and (probs_out.shape, probs_out.dtype) != (logits.shape, logits.dtype):
         raise ValueError(f"probs_out must match the logits: {tuple(logits.shape)} {logits.dtype}")
+    if top1_out is not None and (top1_out.shape != labels.shape or top1_out.dtype != torch.bool):
+        raise ValueError(f"top1_out must be ({labels.size(0)},) bool, not {tuple(top1_out.shape)} {top1_out.dtype}")
     if any(t.size(0) and t.stride(1) != 1 for t in (logits, probs_out) if t is not None and t.size(1) > 1):
         raise ValueError("logits and probs_out need unit stride within a row")
 
@@ -172,6 +184,7 @@ def _selective_log_softmax_kernel(
     labels,
     out,
     probs,
+    top1,
     logits_stride,
     probs_stride,
     rows,
@@ -181,6 +194,7 @@ def _selective_log_softmax_kernel(
     SOFTCAP: tl.constexpr,
     IGNORE: tl.constexpr,
     WRITE_PROBS: tl.constexpr,
+    WRITE_TOP1: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # 64 bits: rows * vocab passes 2**31
@@ -192,10 +206,16 @@ def _selective_log_softmax_kernel(
     peak = tl.full((), -1.0e30, tl.float32)  # finite, so that peak - new_peak is never inf - inf
     total = tl.full((), 0.0, tl.float32)  # sum of exp(x - peak)
     weighted = tl.full((), 0.0, tl.float32)  # sum of exp(x - peak) * (x - peak)
-    chosen = tl.zeros((BLOCK,), tl.float32)  # x at the label's column, 0 in all others
+    # Before anything is written: probs may overwrite logits below. One register, where a sum over blocks took sixteen.
+    inside = (label >= 0) & (label < vocab)
+    chosen = _load_scaled(logits, tl.where(inside, label, 0), vocab, inner, outer, SOFTCAP)  # x at the label's column
+    chosen = tl.where(inside, chosen, 0.0)  # and no fused multiply-add with -peak, which is 0 at the peak itself
+    ahead = tl.full((BLOCK,), -float("inf"), tl.float32)  # the largest x before the label's column
     for start in range(0, vocab, BLOCK):
         column = start + columns
         x = _load_scaled(logits, column, vocab, inner, outer, SOFTCAP)
+        if WRITE_TOP1:
+            ahead = tl.maximum(ahead, tl.where(column < label, x, -float("inf")))
         new_peak = tl.maximum(peak, tl.max(x, 0))
         shrink = tl.exp(peak - new_peak)
         shifted = x - new_peak
@@ -204,16 +224,18 @@ def _selective_log_softmax_kernel(
         weighted = shrink * (weighted + (peak - new_peak) * total)
         weighted += tl.sum(tl.where(weight > 0, weight * shifted, 0.0), 0)
         total = shrink * total + tl.sum(weight, 0)
-        # Read from the block and not from memory again: probs may overwrite logits below.
-        chosen += tl.where(column == label, x, 0.0)
         peak = new_peak
 
     log_total = tl.log(total)
     kept = label != IGNORE
-    logprob = tl.where((label >= 0) & (label < vocab), tl.sum(chosen, 0) - peak - log_total, float("nan"))
+    logprob = tl.where(inside, chosen - peak - log_total, float("nan"))
     tl.store(out + row, tl.where(kept, logprob, 0.0))
     tl.store(out + rows + row, tl.where(kept, log_total - weighted / total, 0.0))
     tl.store(out + 2 * rows + row, tl.where(kept, peak + log_total, 0.0))
+
+    if WRITE_TOP1:
+        first = kept & inside & (chosen >= peak) & (chosen > tl.max(ahead, 0))
+        tl.store(top1 + row, first.to(tl.int8))
 
     if WRITE_PROBS:
         _write_probs(probs, logits, columns, vocab, inner, outer, peak, total, kept, SOFTCAP, BLOCK)

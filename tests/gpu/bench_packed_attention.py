@@ -1,6 +1,6 @@
 """Time packed attention, forward and backward, by every backend beside torch's dense attention; markdown tables.
 
-    python tests/gpu/bench_packed_attention.py            # flash, triton, sdpa: about 50 s, most of it compiling
+    python tests/gpu/bench_packed_attention.py            # flash, flash_attn where installed, triton, sdpa: about 50 s
     python tests/gpu/bench_packed_attention.py --flex     # FlexAttention too, which compiles for a minute more
     python tests/gpu/bench_packed_attention.py --sweep    # launches for attention_config.TUNED, about 2 minutes
 
@@ -21,6 +21,7 @@ import torch
 from bench_tools import START, case, failures
 from slothrl_kernels import PackedLayout, packed_attention
 from slothrl_kernels.attention_choice import refusal
+from slothrl_kernels.attention_package import installed_version
 from slothrl_kernels.attention_rule import Rule
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -172,7 +173,8 @@ def main() -> int:
     if options.sweep:
         sweep()
     else:
-        bench(["flash", "triton", "sdpa", *(["flex"] if options.flex else [])])
+        package = ["flash_attn"] if installed_version() != "none" else []
+        bench(["flash", *package, "triton", "sdpa", *(["flex"] if options.flex else [])])
     print(f"\n{time.time() - START:.0f} s, {len(failures)} failed")
     return 1 if failures else 0
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from slothrl_kernels import PackedLayout, packed_attention, packed_attention_reference
-from slothrl_kernels.attention_choice import CHOICES, refusal
+from slothrl_kernels.attention_choice import CANDIDATES, CHOICES, refusal, said
 from slothrl_kernels.attention_rule import Rule
 
 pytestmark = [
@@ -93,7 +93,7 @@ def serves(impl, case, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("impl", ["flash", "triton", "sdpa"])
+@pytest.mark.parametrize("impl", CANDIDATES)
 def test_close_to_truth(impl, case):
     if not serves(impl, case):
         pytest.skip(f"{impl} refuses it")
@@ -149,18 +149,28 @@ def test_a_sibling_changes_nothing_else(impl):
     assert torch.equal(before[0][others], after[0][others])
 
 
-def test_auto_measures_once_and_takes_the_fastest():
+def test_auto_measures_once_and_takes_the_fastest(tmp_path, monkeypatch):
+    """In this process, and in the next, which takes over what is kept in the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     layout = PackedLayout.build(*LAYOUTS["batch"], device="cuda")
     *inputs, gradient = inputs_of(layout, 8, 2, 128)
     CHOICES.clear()
     run(partial(packed_attention, layout=layout), inputs, gradient)
     (choice,) = CHOICES.values()
-    assert set(choice.measured) == {"flash", "triton", "sdpa"}
+    assert set(choice.measured) == {impl for impl in CANDIDATES if serves(impl, ("batch", 8, 2, 128, None, None))}
+    assert set(choice.measured) >= {"flash", "triton", "sdpa"} and "kept" not in said()[0]
     assert all(isinstance(taken, float) for taken in choice.measured.values()), choice
     assert choice.impl == min(choice.measured, key=choice.measured.__getitem__)
     other = PackedLayout.build([1000] * 4, device="cuda")  # of the same kind
     run(partial(packed_attention, layout=other), [x[:4000] for x in inputs], gradient[:4000])
     assert list(CHOICES.values()) == [choice]
+    CHOICES.clear()  # as the next process has it
+    monkeypatch.setattr("slothrl_kernels.attention_choice._milliseconds", None)
+    again = PackedLayout.build(*LAYOUTS["batch"], device="cuda")
+    run(partial(packed_attention, layout=again), inputs, gradient)
+    (kept,) = CHOICES.values()
+    assert kept.kept and (kept.impl, kept.measured) == (choice.impl, choice.measured)
+    assert f"kept from an earlier run in {tmp_path}" in said()[0]
 
 
 @pytest.mark.parametrize("impl", ["flash", "triton"])

@@ -95,3 +95,24 @@ def test_gradient_memory_is_one_chunk_of_logits():
     torch.cuda.reset_peak_memory_stats()
     selective_logprobs(hidden, labels, HeadSpec(weight), chunk_size=chunk)[0].sum().backward()
     assert torch.cuda.max_memory_allocated() - before < 2 * chunk * vocab * 2 + (8 << 20)
+
+
+@pytest.mark.parametrize("vocab", [100, 49152, 151937])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_whether_the_label_is_likeliest(vocab, dtype, softcap):
+    """As torch.argmax has it on the CPU, the first of equals, with the probabilities written over the logits."""
+    from slothrl_kernels import selective_log_softmax
+
+    logits, labels = cuda_case(64, vocab, dtype)
+    logits = logits.round()  # many equals at the top
+    first = logits.cpu().float().argmax(-1).to("cuda")
+    labels[10:40] = first[10:40]
+    labels[20:30] = torch.where(logits[20:30] == logits[20:30].amax(-1, keepdim=True), 1.0, 0.0).cumsum(-1).argmax(-1)
+    found = torch.zeros(64, dtype=torch.bool, device="cuda")
+    separate = selective_log_softmax(logits.clone(), labels, 1 / 0.9, None, softcap)
+    into = logits.clone()
+    ours = selective_log_softmax(into, labels, 1 / 0.9, into, softcap, 1.0, found)
+    assert torch.equal(found, first == labels) and found[10:20].all() and not found[2]
+    for mine, theirs in zip(ours, separate, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-6)

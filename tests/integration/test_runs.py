@@ -120,7 +120,8 @@ def test_sft(work, tiny_folders, capsys):
     losses = [line["eval_loss"] for line in lines(work / "run" / "held_out.jsonl") if "eval_loss" in line]
     assert len(losses) == 2
     assert losses[1] < losses[0] - 0.1  # it learns
-    assert "{'eval_loss'" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "{'eval_loss'" not in shown and "slothrl's: gradient written in the forward" in " ".join(shown.split())
 
 
 def test_sft_without_a_reward_measures_the_loss(work, tiny_folders):

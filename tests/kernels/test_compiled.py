@@ -188,13 +188,14 @@ def test_inputs_of_the_gemm_wait_before_memory(block_n, has_a, capability):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("softcap", [False, True])
-def test_log_softmax_with_and_without_a_softcap(softcap, capability):
-    """The cap costs no memory: the same vectors in and out, nothing spilled."""
+@pytest.mark.parametrize("softcap, top1", [(False, False), (True, False), (True, True)])
+def test_log_softmax_with_and_without_a_softcap(softcap, top1, capability):
+    """The cap and who is likeliest cost no memory: the same vectors in and out, nothing spilled."""
     from slothrl_kernels.selective_log_softmax import _selective_log_softmax_kernel
 
     pointers = {"logits": "*bf16", "labels": "*i64", "out": "*fp32", "probs": "*bf16", "inner": "fp32", "outer": "fp32"}
-    constants = {"SOFTCAP": softcap, "IGNORE": -100, "WRITE_PROBS": True, "BLOCK": 4096}
+    pointers |= {"top1": "*i8" if top1 else "*fp32"}
+    constants = {"SOFTCAP": softcap, "IGNORE": -100, "WRITE_PROBS": True, "WRITE_TOP1": top1, "BLOCK": 4096}
     integers = ("logits_stride", "probs_stride", "rows", "vocab")
     kernel = _selective_log_softmax_kernel
     compiled = compile_kernel(kernel, pointers, integers, constants, capability, num_warps=8)

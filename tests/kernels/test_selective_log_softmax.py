@@ -83,6 +83,30 @@ def test_rows_of_a_wider_buffer(kernel_device):
     assert wide[:, 100:].isnan().all()
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 63, 4099])
+def test_whether_the_label_is_likeliest(kernel_device, dtype, softcap, vocab):
+    """As torch.argmax has it, the first of equals; with and without the probabilities over the logits."""
+    logits, labels = case(9, vocab, dtype, kernel_device)
+    logits = logits.round()  # many equals
+    labels[3:7] = logits[3:7].argmax(-1)
+    logits[5, labels[5] // 2] = logits[5].max()  # an equal before the label, where there is room
+    logits[6, (labels[6] + vocab) // 2] = logits[6].max()  # and one after it
+    wanted = logits.argmax(-1) == labels
+    for write in (False, True):
+        found = torch.zeros(11, dtype=torch.bool, device=kernel_device)
+        into = logits.clone()
+        selective_log_softmax(into, labels, 1 / 0.7, into if write else None, softcap, 0.5, found[1:-1])
+        plain = torch.empty_like(wanted)
+        selective_log_softmax_reference(logits, labels, 1 / 0.7, None, softcap, 0.5, plain)
+        assert torch.equal(plain, wanted) and torch.equal(found[1:-1], wanted) and not (found[0] or found[-1])
+    assert wanted[3] and wanted[6] and not wanted[2]
+    assert wanted[5] == (vocab == 1)
+    with pytest.raises(ValueError, match="top1_out must be"):
+        selective_log_softmax(logits, labels, top1_out=torch.empty(9, device=kernel_device))
+
+
 def test_extreme_logits(kernel_device):
     logits = torch.full((4, 5000), -1e4, device=kernel_device)
     logits[0, 4500] = 1e4  # the peak comes in the second block

@@ -82,6 +82,25 @@ def test_entropy_gradient_on_request(trainable):
     torch.testing.assert_close(gradients(logprobs + entropy, hidden), gradients(expected + expected_entropy, hidden))
 
 
+@pytest.mark.parametrize("knobs", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("grad", [False, True])
+def test_whether_labels_are_the_likeliest_tokens(knobs, grad):
+    """From the same chunks; a frozen head's values stay as they are."""
+    hidden, labels, weight = tensors()
+    head = make_head(weight, **knobs)
+    likeliest = F.linear(hidden, weight, head.bias).argmax(-1)
+    labels[3:15] = likeliest[3:15]
+    labels[7] = -100
+    hits = torch.ones(N, dtype=torch.bool)
+    with torch.set_grad_enabled(grad):
+        logprobs, entropy = selective_logprobs(hidden, labels, head, 0.7, 7, top1_out=hits)
+        assert torch.equal(hits, likeliest == labels) and hits[3] and not hits[7]
+        expected = selective_logprobs(hidden, labels, head, 0.7, 7)
+    assert torch.equal(logprobs, expected[0]) and torch.equal(entropy, expected[1])
+    with pytest.raises(ValueError, match="top1_out need"):
+        selective_logprobs(hidden, labels, make_head(weight.requires_grad_()), top1_out=hits)
+
+
 def test_ignored_labels_are_zero_and_without_gradient():
     hidden, labels, weight = tensors()
     for head in (make_head(weight), make_head(weight, softcap=4.0)):
