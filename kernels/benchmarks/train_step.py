@@ -39,7 +39,9 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=2048, help="tokens a sequence")
     parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--activations", default="auto", help="of slothrl: auto, layer, attention, offload, both")
+    parser.add_argument(
+        "--activations", default="auto", help="of slothrl: auto, layer, attention, offload, both; all: no checkpointing"
+    )
     parser.add_argument("--arms", help=f"of {','.join(ARMS)}; default: slothrl,graphs,peft, unsloth if installed")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--profile", action="store_true", help="also one step, kernel by kernel")
@@ -182,18 +184,20 @@ def prepare_ours(arguments: argparse.Namespace) -> tuple[Any, Callable, str]:
     base = random_model(arguments.shape, arguments.device, arguments.length)
     model: Any = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, task_type="CAUSAL_LM"))
     randomize_adapter(model)
-    base.gradient_checkpointing_enable({"use_reentrant": False})
+    ours, policy = arguments.arm in ("slothrl", "graphs", "auto"), arguments.activations
+    if not ours or policy != "all":
+        base.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     model.train()
     if arguments.arm == "peft":
         return model, lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss, ""
     note = ""
-    if arguments.arm in ("slothrl", "graphs", "auto"):
+    if ours:
         from slothrl.activations import keep_activations
         from slothrl.fuse import fuse
         from slothrl.graphs import graph_layers
 
-        rows = fuse(model).rows() + keep_activations(model, arguments.activations)
+        rows = fuse(model).rows() + (keep_activations(model, policy) if policy != "all" else [])
         rows += graph_layers(model, {"slothrl": "off", "graphs": "on"}.get(arguments.arm, "auto"))
         note = "; ".join(f"{what} {how}".strip() for what, how in rows)
     return model, lambda ids: streamed_loss(model, ids), note
