@@ -16,7 +16,7 @@ from slothrl.plan import size
 from slothrl.prepare import Prepared
 from slothrl.probe import PolicyProbe
 
-VIEW_SEQUENCES = 192
+VIEW_SEQUENCES = 96
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,9 @@ def wants_view(wish: str, weights: int, sequences: int, free: int) -> bool:
         sequences: completions generated side by side.
         free: bytes of device memory; 0 without a GPU.
     Returns:
-        For "auto": where the packed weights are read slower than 16-bit ones, from 192 sequences on (an H100 takes 13
-        against 7 ms a step of the 8B shape at 256, and 7.4 against 6.0 at 128), if a quarter of the memory holds it.
+        For "auto": where 16-bit weights are read enough faster than packed ones to be worth their memory, from 96
+        sequences on (an H200 takes 6.4 instead of 8.6 ms a step of the 8B shape at 96, 5.8 instead of 6.5 at 64), if a
+        quarter of the memory holds it.
     """
     if wish != "auto":
         return wish == "bf16"
