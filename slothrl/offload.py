@@ -22,8 +22,10 @@ class HostMemory:
     """What a stack of checkpointed layers keeps, out of the device's memory: their inputs, and more by `keeper`.
 
     Forward: a tensor is copied on a stream of its own, behind the work that made it; the device's memory is free once
-    the copy is done. Backward: whoever asks for layer i's has layer i - 1's fetched at the same time. Bits do not
-    change. The last layer's stays: the backward begins with it.
+    the copy is done. Backward: whoever asks for layer i's input has layer i - 1's fetched at the same time. Where a
+    layer has more than that, q, k and v come while its MLP is worked on, which does not need them, and what the layer
+    below begins with comes while they are: memory is fullest in the MLP. Bits do not change. The last layer's stays:
+    the backward begins with it.
 
     Args:
         layers: how many there are.
@@ -33,7 +35,7 @@ class HostMemory:
     def __init__(self, layers: int, smallest: int = SMALLEST) -> None:
         self.layers, self.smallest = layers, smallest
         self.waiting: dict[int, list[_Moved]] = {}  # by layer
-        self._streams: dict[torch.device, Any] = {}
+        self._streams: dict[tuple[torch.device, str], Any] = {}
 
     def begin(self) -> None:
         """A new forward; what an earlier one left is still held by its own graph."""
@@ -47,15 +49,15 @@ class HostMemory:
         """For what layer `index` keeps of its attention in this forward."""
         return HostKeeper(self, index)
 
-    def move(self, index: int, waiting: dict[int, list[_Moved]], x: Tensor) -> _Moved:
-        moved = _Moved(self, x, waiting, index, stays=index == self.layers - 1)
+    def move(self, index: int, waiting: dict[int, list[_Moved]], x: Tensor, first: bool = True) -> _Moved:
+        moved = _Moved(self, x, waiting, index, stays=index == self.layers - 1, first=first)
         waiting.setdefault(index, []).append(moved)
         return moved
 
-    def stream(self, device: torch.device) -> Any:
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        return self._streams[device]
+    def stream(self, device: torch.device, way: str) -> Any:
+        if (device, way) not in self._streams:
+            self._streams[device, way] = torch.cuda.Stream(device)
+        return self._streams[device, way]
 
     def _pack(self, index: int, waiting: dict[int, list[_Moved]], x: Tensor) -> Any:
         if x.nbytes < self.smallest or not x.is_floating_point():
@@ -67,22 +69,34 @@ class HostMemory:
 
 
 class _Moved:
-    """One tensor on its way out and back."""
+    """One tensor on its way out and back.
 
-    def __init__(self, host: HostMemory, x: Tensor, waiting: dict[int, list[_Moved]], index: int, stays: bool) -> None:
-        self.host, self.device, self.waiting, self.index = host, x.device, waiting, index
+    first: its layer's backward begins with it.
+    """
+
+    def __init__(
+        self, host: HostMemory, x: Tensor, waiting: dict[int, list[_Moved]], index: int, stays: bool, first: bool
+    ) -> None:
+        self.host, self.device, self.waiting, self.index, self.first = host, x.device, waiting, index, first
         self.away = x.is_cuda and not stays
         self.back: Tensor | None = None
+        self.given = False
+        self.left: Any = None
         self.arrived: Any = None
         if not self.away:
             self.kept = x.detach() if stays else x.detach().clone()
             return
         self.kept = torch.empty_like(x, device="cpu", pin_memory=True)
-        stream = host.stream(x.device)
+        stream = host.stream(x.device, "out")
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
             self.kept.copy_(x.detach(), non_blocking=True)
+            self.left = stream.record_event()
         x.record_stream(stream)  # its memory is not given away before it is read
+
+    def fetch_ahead(self) -> None:
+        if not self.given:
+            self.fetch()
 
     def fetch(self) -> None:
         """Start the way back, once."""
@@ -91,21 +105,29 @@ class _Moved:
         if not self.away:
             self.back = self.kept
             return
-        stream = self.host.stream(self.device)
+        stream = self.host.stream(self.device, "back")
         self.back = torch.empty_like(self.kept, device=self.device)
         # The memory may still be in use by what the current stream was told to do before.
         stream.wait_stream(torch.cuda.current_stream(self.device))
+        stream.wait_event(self.left)
         with torch.cuda.stream(stream):
             self.back.copy_(self.kept, non_blocking=True)
             self.arrived = stream.record_event()
         self.back.record_stream(stream)
 
     def give(self) -> Tensor:
-        """The tensor on its device, and the next one needed on its way."""
+        """The tensor on its device, and what is needed next on its way."""
         self.fetch()
-        self.waiting.pop(self.index, None)
-        for below in self.waiting.get(self.index - 1, []):
-            below.fetch()
+        self.given = True
+        own = self.waiting.get(self.index, [])
+        if self.first and not all(moved.first for moved in own):
+            for moved in own:
+                moved.fetch_ahead()
+        else:
+            self.waiting.pop(self.index, None)
+            for moved in self.waiting.get(self.index - 1, []):
+                if moved.first:
+                    moved.fetch_ahead()
         if self.arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(self.arrived)
         assert self.back is not None
@@ -134,15 +156,17 @@ class HostKeeper:
         self._moved: dict[int, tuple[_Moved, Tensor]] = {}  # by address, with what holds it, until `close`
         self._back: dict[int, Tensor] = {}
 
-    def pack(self, x: Tensor) -> Any:
+    def pack(self, x: Tensor, first: bool = False) -> Any:
         if x.nbytes < self.host.smallest or not x.is_floating_point():
             return x.detach()
         storage = x.untyped_storage()
         if storage.data_ptr() not in self._moved:
             count = storage.nbytes() // x.element_size()
             flat = torch.empty(0, dtype=x.dtype, device=x.device).set_(storage, 0, (count,), (1,))
-            self._moved[storage.data_ptr()] = self.host.move(self.index, self.waiting, flat), flat
-        return _View(self._moved[storage.data_ptr()][0], x.size(), x.stride(), int(x.storage_offset()))
+            self._moved[storage.data_ptr()] = self.host.move(self.index, self.waiting, flat, first), flat
+        moved = self._moved[storage.data_ptr()][0]
+        moved.first |= first
+        return _View(moved, x.size(), x.stride(), int(x.storage_offset()))
 
     def unpack(self, held: Any) -> Tensor:
         if not isinstance(held, _View):

@@ -48,7 +48,7 @@ class Parked:
     def __init__(self, attended: Attended, keeper: Keeper) -> None:
         self.keeper, self.shape, leaves = keeper, attended.out.shape, (attended.q, attended.k, attended.v)
         self._end, self._leaves = get_gradient_edge(attended.out), [get_gradient_edge(x) for x in leaves]
-        self._out = keeper.pack(attended.out.detach())
+        self._out = keeper.pack(attended.out.detach(), first=True)
         self._raw = None if attended.raw is None else keeper.pack(attended.raw)
         keeper.close()
         for x in leaves:

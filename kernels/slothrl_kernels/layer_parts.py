@@ -19,8 +19,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Keeper(Protocol):
     """Where what attention leaves for the backward waits: the host's memory, for one."""
 
-    def pack(self, x: Tensor) -> Any:
-        """What stands for x meanwhile; x itself is not held."""
+    def pack(self, x: Tensor, first: bool = False) -> Any:
+        """What stands for x meanwhile; x itself is not held. first: the layer's backward begins with it."""
         ...
 
     def unpack(self, held: Any) -> Tensor:

@@ -93,7 +93,9 @@ def test_attention_in_the_host_s_memory(family, raw, folders, monkeypatch):  # n
     kept.host = HostMemory(3, smallest=2 * 13 * 128 * 4)  # no third layer comes: both are moved
     moved, move = [], HostMemory.move
     monkeypatch.setattr(
-        HostMemory, "move", lambda self, i, waiting, x: moved.append((i, x.numel())) or move(self, i, waiting, x)
+        HostMemory,
+        "move",
+        lambda self, i, waiting, x, *n: moved.append((i, x.numel())) or move(self, i, waiting, x, *n),
     )
     ours = step(model)
     assert torch.equal(ours[0], plain[0]) and all(torch.equal(ours[1][n], g) for n, g in plain[1].items())
@@ -110,6 +112,28 @@ def test_fetched_one_ahead():
     assert host._unpack(held[1]).tolist() == [1.0, 1.0] and held[0].back is not None
     assert host._unpack(held[0]).tolist() == [0.0, 0.0]
     assert host._unpack(held[0]).tolist() == [0.0, 0.0]  # again, for a graph that is kept
+
+
+def test_fetched_when_it_is_needed():
+    """A layer's input has its own q, k and v fetched; those the input of the layer below, but not its q, k and v."""
+    host = HostMemory(3, smallest=1)
+    keepers = [host.keeper(i) for i in range(3)]
+    inputs = [host._pack(i, host.waiting, torch.full((2,), float(i))) for i in range(3)]
+    late = [keeper.pack(torch.full((4,), 10.0 + i)) for i, keeper in enumerate(keepers)]
+    outputs = [keeper.pack(torch.full((4,), 20.0 + i), first=True) for i, keeper in enumerate(keepers)]
+
+    def there(i):
+        return [held.back is not None for held in (inputs[i], outputs[i].moved, late[i].moved)]
+
+    assert host._unpack(inputs[2]).tolist() == [2.0, 2.0]
+    assert there(2) == [False, True, True] and there(1) == [False] * 3  # given, on its way, on its way
+    assert keepers[2].unpack(outputs[2]).tolist() == [22.0] * 4
+    assert there(2) == [False, False, True] and there(1) == [False] * 3
+    assert keepers[2].unpack(late[2]).tolist() == [12.0] * 4 and keepers[2].unpack(outputs[2]).tolist() == [22.0] * 4
+    assert there(1) == [True, True, False] and there(0) == [False] * 3
+    assert host._unpack(inputs[1]).tolist() == [1.0, 1.0] and there(1) == [False, True, True]
+    assert keepers[1].unpack(late[1]).tolist() == [11.0] * 4 and there(0) == [True, True, False]
+    assert sorted(host.waiting) == [0]
 
 
 def test_auto_keeps_attention_where_it_is_much(folders):  # noqa: F811
