@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from slothrl_kernels.layer_mlp import columns_of
 
 from slothrl.fit_shape import Shape
-
-LOGPROB_CHUNK = 1024  # tokens whose logits exist at once: `slothrl.logprobs.selective_logprobs`
+from slothrl.token_bytes import logit_rows
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,8 @@ def last_norm_bytes(shape: Shape, batch: MicroBatch, width: int) -> int:
 
 def head_bytes(shape: Shape, batch: MicroBatch, width: int) -> int:
     """What the head takes at the end of the forward, GRPO's and SFT's: the hidden states of N tokens and their
-    gradients, 2 e h N, and one tile of logits, e V x 1,024 tokens."""
-    tile = min(batch.kept, LOGPROB_CHUNK) * shape.vocabulary
+    gradients, 2 e h N, and one tile of logits, e V x 512 to 1,024 tokens (`slothrl.token_bytes.logit_rows`)."""
+    tile = min(batch.kept, logit_rows(shape.vocabulary, width)) * shape.vocabulary
     return width * (2 * shape.hidden * batch.kept + tile)
 
 

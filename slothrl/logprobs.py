@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from slothrl.token_bytes import logit_rows
+
 Impl = Literal["auto", "triton", "torch"]
 IGNORE_LABEL = kernels.IGNORE_LABEL
 
@@ -88,7 +90,7 @@ def selective_logprobs(
     labels: Tensor,
     head: HeadSpec,
     temperature: float = 1.0,
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
     with_entropy: bool = True,
     entropy_grad: bool = False,
     impl: Impl = "auto",
@@ -104,7 +106,8 @@ def selective_logprobs(
         labels: (N,) int64; -100 gives logprob 0, entropy 0 and no gradient.
         head: as `head_spec` reads it off a model.
         temperature: divides the logits; entropy and logprob are of the distribution so sharpened or flattened.
-        chunk_size: tokens whose logits exist at once; changes memory and speed, and results by rounding only.
+        chunk_size: tokens whose logits exist at once; changes memory and speed, and results by rounding only. None: 512
+            to 1,024, by the vocabulary (`slothrl.token_bytes.logit_rows`).
         with_entropy: return entropies too.
         entropy_grad: let gradients flow through the entropies; without it they are constants.
         impl: "triton" or "torch" for the softmax over a chunk; "auto": triton where the tensors are on CUDA and Triton
@@ -120,6 +123,8 @@ def selective_logprobs(
             other route.
         RuntimeError: impl="triton" and Triton is not installed.
     """
+    if chunk_size is None:
+        chunk_size = logit_rows(head.weight.size(0), head.weight.element_size())
     if temperature <= 0 or chunk_size < 1:
         raise ValueError(f"temperature ({temperature}) and chunk_size ({chunk_size}) must be positive")
     if impl not in ("auto", "triton", "torch"):
@@ -234,7 +239,7 @@ def completion_logprobs(
     temperature: float = 1.0,
     with_entropy: bool = True,
     entropy_grad: bool = False,
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities and entropies of the last `completion_len` tokens under a causal language model.

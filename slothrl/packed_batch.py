@@ -142,7 +142,7 @@ def pack_logprobs(
     temperature: float = 1.0,
     with_entropy: bool = True,
     entropy_grad: bool = False,
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities and entropies of a pack's predicted tokens; the caller enters autocast where it is wanted.
 

@@ -13,7 +13,7 @@ LEAST_TOKENS = 1024
 # What is only convenient ends where a micro-batch takes as much as one of so many tokens: 11 GB of an 8B model.
 LIGHT_TOKENS = 20_480
 USABLE = 0.8  # of what is free: an allocator's reserve, measured at 10 to 13% of what is allocated, and workspaces
-HEAD_ROWS = 1024  # tokens whose logits exist at once (`selective_logprobs`)
+LOGITS = 192 << 20  # bytes of logits that exist at once: with 8,192 tokens' slopes of an 8B model 260 MiB, not 360
 
 
 def bytes_per_token(config: Any, element_size: int, checkpointing: bool) -> int:
@@ -69,5 +69,14 @@ def bytes_to_come(parameters: Iterable[Any]) -> int:
     return TO_COME * sum(p.nbytes for p in parameters if p.requires_grad and p.grad is None)
 
 
+def logit_rows(vocabulary: int, width: int = 2) -> int:
+    """Tokens whose logits exist at once, of `width` bytes an entry: as many as `LOGITS` hold, in steps of 256.
+
+    At least 512: fewer would read the head from memory longer than multiply by it. At most 1,024: more gain nothing.
+    """
+    return max(512, min(1024, LOGITS // (vocabulary * width) // 256 * 256))
+
+
 def _logits(config: Any) -> int:
-    return HEAD_ROWS * config.vocab_size * 8  # a chunk in 16 bits, and float32 beside it
+    # A chunk in 16 bits, and float32 beside it.
+    return logit_rows(config.vocab_size) * config.vocab_size * 8

@@ -44,7 +44,7 @@ class SFTTrainer(Guards, ExactCheckpoints, FewLaunches, TRLSFTTrainer):
         """Which head gives the loss its log-probs, for the plan table, and why it is not ours."""
         if self.trl_head_reason is not None:
             return f"TRL's: {self.trl_head_reason}"
-        return "slothrl's: gradient written in the forward, 1,024 tokens' logits at once"
+        return "slothrl's: gradient written in the forward, 512 to 1,024 tokens' logits at once"
 
     def compute_loss(self, model, inputs, *positional, **named):
         scored = model if self.trl_head_reason is not None else _Scored(self, model)

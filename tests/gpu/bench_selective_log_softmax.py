@@ -30,27 +30,36 @@ def kernel_table() -> None:
         print(f"| {vocabulary} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
 
 
-def head_table(tokens: int = 8192, width: int = 2048, vocabulary: int = 151936) -> None:
+def head_table(tokens: int = 8192, *, width: int, vocabulary: int) -> None:
     weight = torch.randn(vocabulary, width, device="cuda", dtype=torch.bfloat16) * width**-0.5
     hidden = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(vocabulary, (tokens,), device="cuda")
 
-    def step(impl: str, chunk: int) -> None:
+    def step(impl: str, chunk: int | None) -> None:
         logprobs, _ = selective_logprobs(hidden, labels, HeadSpec(weight), chunk_size=chunk, impl=impl)  # pyright: ignore
         logprobs.sum().backward()
 
-    print(f"\nlog-probs from hidden states, forward and backward: {tokens} tokens, h={width}, V={vocabulary}, bf16\n")
-    print("| impl | chunk | ms | peak extra MiB |\n|---|---|---|---|")
+    def gemms() -> None:
+        """4hV FLOPs a token, with all logits at once."""
+        logits = hidden.detach() @ weight.T
+        torch.mm(logits, weight)
+
+    bare = do_bench(gemms, return_mode="median")
+    torch.cuda.empty_cache()
+    print(f"\nlog-probs from hidden states, forward and backward: {tokens} tokens, h={width}, V={vocabulary}, bf16")
+    print(f"bare GEMMs: {bare:.1f} ms, {4 * tokens * width * vocabulary / bare / 1e9:.0f} TFLOP/s\n")
+    print("| impl | chunk | ms | times bare | peak extra MiB |\n|---|---|---|---|---|")
     for impl in ("triton", "torch"):
-        for chunk in (512, 1024, 2048):
+        for chunk in (None, 512, 1024, 2048):
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             step(impl, chunk)
             extra = (torch.cuda.max_memory_allocated() - before) / 2**20
             time = do_bench(partial(step, impl, chunk), return_mode="median")
-            print(f"| {impl} | {chunk} | {time:.1f} | {extra:.0f} |")
+            print(f"| {impl} | {chunk or 'chosen'} | {time:.1f} | {time / bare:.2f} | {extra:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
     kernel_table()
-    head_table()
+    for width, vocabulary in ((4096, 128256), (4096, 151936), (2048, 151936)):
+        head_table(width=width, vocabulary=vocabulary)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from slothrl.logprobs import HeadSpec, selective_logprobs
+from slothrl.token_bytes import logit_rows
 
 N, H, V = 23, 12, 37
 HEADS = {
@@ -206,3 +207,15 @@ def test_a_frozen_head_under_a_softcap_keeps_no_logits():
     assert kept == [hidden.shape]
     expected, _ = truth(hidden, labels, make_head(weight, softcap=3.0), 0.7)
     torch.testing.assert_close(gradients(logprobs, hidden), gradients(expected, hidden), atol=1e-10, rtol=1e-10)
+
+
+def test_how_many_logits_at_once():
+    """192 MiB, or 512 tokens': with 8,192 tokens' slopes below 300 MiB for heads of 128K and 152K."""
+    assert [logit_rows(v) for v in (32000, 49152, 128256, 151936, 256000)] == [1024, 1024, 768, 512, 512]
+    assert logit_rows(49152, 4) == 1024 and logit_rows(128256, 4) == 512
+    for vocabulary in (128256, 151936):  # of width 4,096
+        assert 2 * (logit_rows(vocabulary) * vocabulary + 8192 * 4096 + 1024 * 4096) < 300 * 2**20
+    head = HeadSpec(torch.randn(70, 8))
+    hidden, labels = torch.randn(9, 8), torch.randint(70, (9,))
+    chosen, given = (selective_logprobs(hidden, labels, head, chunk_size=size)[0] for size in (None, 1024))
+    assert torch.equal(chosen, given)
