@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
+from weakref import ref
 
 import psutil
 import torch
@@ -34,11 +35,11 @@ class HostMemory:
 
     def __init__(self, layers: int, smallest: int = SMALLEST) -> None:
         self.layers, self.smallest = layers, smallest
-        self.waiting: dict[int, list[_Moved]] = {}  # by layer
+        self.waiting: Waiting = {}
         self._streams: dict[tuple[torch.device, str], Any] = {}
 
     def begin(self) -> None:
-        """A new forward; what an earlier one left is still held by its own graph."""
+        """A new forward; what an earlier one left is held by its own graph, for as long as there is one."""
         self.waiting = {}
 
     def taking(self, index: int) -> AbstractContextManager:
@@ -49,9 +50,9 @@ class HostMemory:
         """For what layer `index` keeps of its attention in this forward."""
         return HostKeeper(self, index)
 
-    def move(self, index: int, waiting: dict[int, list[_Moved]], x: Tensor, first: bool = True) -> _Moved:
+    def move(self, index: int, waiting: Waiting, x: Tensor, first: bool = True) -> _Moved:
         moved = _Moved(self, x, waiting, index, stays=index == self.layers - 1, first=first)
-        waiting.setdefault(index, []).append(moved)
+        waiting.setdefault(index, []).append(ref(moved))
         return moved
 
     def stream(self, device: torch.device, way: str) -> Any:
@@ -59,7 +60,7 @@ class HostMemory:
             self._streams[device, way] = torch.cuda.Stream(device)
         return self._streams[device, way]
 
-    def _pack(self, index: int, waiting: dict[int, list[_Moved]], x: Tensor) -> Any:
+    def _pack(self, index: int, waiting: Waiting, x: Tensor) -> Any:
         if x.nbytes < self.smallest or not x.is_floating_point():
             return x
         return self.move(index, waiting, x)
@@ -74,9 +75,7 @@ class _Moved:
     first: its layer's backward begins with it.
     """
 
-    def __init__(
-        self, host: HostMemory, x: Tensor, waiting: dict[int, list[_Moved]], index: int, stays: bool, first: bool
-    ) -> None:
+    def __init__(self, host: HostMemory, x: Tensor, waiting: Waiting, index: int, stays: bool, first: bool) -> None:
         self.host, self.device, self.waiting, self.index, self.first = host, x.device, waiting, index, first
         self.away = x.is_cuda and not stays
         self.back: Tensor | None = None
@@ -119,13 +118,13 @@ class _Moved:
         """The tensor on its device, and what is needed next on its way."""
         self.fetch()
         self.given = True
-        own = self.waiting.get(self.index, [])
+        own = self._of_layer(self.index)
         if self.first and not all(moved.first for moved in own):
             for moved in own:
                 moved.fetch_ahead()
         else:
             self.waiting.pop(self.index, None)
-            for moved in self.waiting.get(self.index - 1, []):
+            for moved in self._of_layer(self.index - 1):
                 if moved.first:
                     moved.fetch_ahead()
         if self.arrived is not None:
@@ -133,6 +132,14 @@ class _Moved:
         assert self.back is not None
         back, self.back = self.back, None  # a second backward fetches anew
         return back
+
+    def _of_layer(self, index: int) -> list[_Moved]:
+        return [moved for held in self.waiting.get(index, []) if (moved := held()) is not None]
+
+
+# What a forward's layers moved, by layer. Not held here: the graph of a forward that failed, or that nobody goes back
+# through, takes it along.
+Waiting = dict[int, list[ref[_Moved]]]
 
 
 class _View(NamedTuple):
@@ -153,18 +160,19 @@ class HostKeeper:
 
     def __init__(self, host: HostMemory, index: int) -> None:
         self.host, self.index, self.waiting = host, index, host.waiting
-        self._moved: dict[int, tuple[_Moved, Tensor]] = {}  # by address, with what holds it, until `close`
+        # By address and dtype, with what holds it, until `close`.
+        self._moved: dict[tuple[int, torch.dtype], tuple[_Moved, Tensor]] = {}
         self._back: dict[int, Tensor] = {}
 
     def pack(self, x: Tensor, first: bool = False) -> Any:
-        if x.nbytes < self.host.smallest or not x.is_floating_point():
+        storage = x.untyped_storage()  # all of it would stay for a small part of it
+        if storage.nbytes() < self.host.smallest or not x.is_floating_point():
             return x.detach()
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in self._moved:
+        if (key := (storage.data_ptr(), x.dtype)) not in self._moved:
             count = storage.nbytes() // x.element_size()
             flat = torch.empty(0, dtype=x.dtype, device=x.device).set_(storage, 0, (count,), (1,))
-            self._moved[storage.data_ptr()] = self.host.move(self.index, self.waiting, flat, first), flat
-        moved = self._moved[storage.data_ptr()][0]
+            self._moved[key] = self.host.move(self.index, self.waiting, flat, first), flat
+        moved = self._moved[key][0]
         moved.first |= first
         return _View(moved, x.size(), x.stride(), int(x.storage_offset()))
 

@@ -91,7 +91,8 @@ class _DecoderLayer(torch.autograd.Function):
         if follows:
             all_of_it = (u, inner, of_o, of_down) if keep == "all" else ()
             ctx.kept = _Kept(values if _holds(flat) else None, attended, *all_of_it)
-            ctx.parts, ctx.versions, ctx.held = parts, _versions(adapters), None if save else x
+            ctx.parts = parts._replace(keeper=None)  # it serves once too: a second backward keeps nothing
+            ctx.versions, ctx.held = _versions(adapters), None if save else x
             ctx.save_for_backward(x if save else None)
         return y.view(x.shape)
 

@@ -113,7 +113,8 @@ class _GraphedLayer(torch.autograd.Function):
             names = KEPT[: 2 if parts.after is None else 4] if keep == "all" else ()
             kept = [frame.rows(name, tokens).clone() for name in names]
             ctx.kept = _Kept(None, kept_of(attended, parts), *kept)
-            ctx.parts, ctx.recorded, ctx.versions = parts, recorded, _versions(adapters)
+            ctx.parts = parts._replace(keeper=None)  # it serves once: a second backward keeps nothing
+            ctx.recorded, ctx.versions = recorded, _versions(adapters)
             ctx.held = None if save else x
             ctx.save_for_backward(x if save else None)
         return frame.rows("state", tokens).clone().view(x.shape)

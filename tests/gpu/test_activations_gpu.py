@@ -1,5 +1,7 @@
 """What checkpointed layers keep, on a GPU: the same gradients, and the memory that it takes and frees."""
 
+import gc
+
 import pytest
 import torch
 from test_fuse_gpu import adapted, step
@@ -65,6 +67,30 @@ def test_offloading_frees_what_layers_keep(policy, fused, layers):
             model.zero_grad(set_to_none=True)
     last = 4096 * vars(model)["_slothrl_activations"].sizes.bytes if fused else 0  # it stays
     assert held["layer"] - held[policy] >= layers * 4096 * 1024 * 2 - 1.1 * last
+
+
+def test_a_forward_without_backward_leaves_nothing():
+    """The last layer's input and attention stay on the device until then; not until Python's collector comes by."""
+    model = adapted("0.6b, 4 layers")
+    ids = torch.randint(0, 8192, (1, 4096), device="cuda")
+    fuse(model)
+    keep_activations(model, "both")
+    gc.collect()
+    gc.disable()
+    try:
+        held = []
+        for _ in range(3):
+            with torch.autocast("cuda", torch.bfloat16):
+                hidden = model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
+            inside = torch.cuda.memory_allocated()
+            del hidden
+            torch.cuda.synchronize()
+            torch.empty(1, device="cuda")  # the allocator takes note of copies that are done
+            held.append(torch.cuda.memory_allocated())
+    finally:
+        gc.enable()
+    assert inside - held[-1] >= 4096 * 1024 * 2
+    assert held[2] - held[0] < 1 << 20
 
 
 def test_auto_keeps_attention_where_memory_is_plenty():
