@@ -106,7 +106,8 @@ def turned_in(frame: Frame, shape: torch.Size, parts: LayerParts, copied: bool) 
     if parts.norms is not None:
         over = frame.rows("turned", tokens)[:, : (parts.heads + parts.kv_heads) * parts.width]
     if not copied:
-        return frame.view(("heads", *shape[:2]), lambda: _heads_in(qkv, over, shape, parts))
+        key = "heads", *shape[:2], parts.heads, parts.kv_heads, parts.width  # another layer's may be others of one size
+        return frame.view(key, lambda: _heads_in(qkv, over, shape, parts))
     return _heads_in(qkv.clone(), None if over is None else over.contiguous(), shape, parts)
 
 

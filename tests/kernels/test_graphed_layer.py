@@ -4,8 +4,9 @@ import pytest
 import torch
 from slothrl_kernels.decoder_layer import decoder_layer
 from slothrl_kernels.graphed_layer import addresses, bucket, graphed_layer, record_layer
-from slothrl_kernels.layer_frame import Frame
+from slothrl_kernels.layer_frame import Frame, frame_key
 from slothrl_kernels.layer_recorder import Rerun
+from slothrl_kernels.layer_steps import turned_in
 
 from tests.kernels.test_decoder_layer import JOINT, SHAPES, called, case, wanted_of
 from tests.kernels.test_lora_linear import values
@@ -90,6 +91,21 @@ def test_garbage_in_the_surplus_does_not_show():
         frame.wrote(32, name)
     for ours, plain in zip(results(played, weights, tensors, biases=True), eager, strict=True):
         torch.testing.assert_close(ours, plain, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_layers_of_other_heads_in_one_frame(normed):
+    """Of the same sizes, with heads half as many and twice as wide: every layer sees its own."""
+    tensors, weights = case("dense")
+    tensors, played = leaves_of(tensors), Played(16)
+    results(played, weights, tensors, heads_normed=normed)
+    parts, frame = played.parts, played.recorded.frame
+    other = parts._replace(heads=parts.heads // 2, kv_heads=parts.kv_heads // 2, width=2 * parts.width)
+    assert frame_key(other, tensors[0]) == frame.key
+    for mine in (parts, other, parts):
+        q, k, v = turned_in(frame, torch.Size((2, 7, 64)), mine, copied=False)[1:]
+        assert q.shape == (2, mine.heads, 7, mine.width)
+        assert k.shape == v.shape == (2, mine.kv_heads, 7, mine.width)
 
 
 def test_several_forwards_before_the_backwards():
