@@ -86,8 +86,8 @@ def selective_log_softmax(
             With a softcap softmax(x) (1 - tanh^2), which the gradient takes.
         softcap: positive bound of the scaled logits, or None.
         scale: the model's own factor on the logits, before the softcap.
-        top1_out: (N,) bool, receives whether the label's logit is the largest of its row, the first one of equals;
-            False in the rows left out.
+        top1_out: (N,) bool, contiguous, receives whether the label's logit is the largest of its row, the first one of
+            equals; False in the rows left out.
 
     Returns:
         logprob (N,), entropy (N,), lse (N,): float32, nats; 0 in the rows left out. A label outside of the vocabulary
@@ -142,8 +142,10 @@ def _check(
         raise ValueError(f"labels must be ({logits.size(0)},) int64 on {logits.device}, not {found}")
     if probs_out is not None and (probs_out.shape, probs_out.dtype) != (logits.shape, logits.dtype):
         raise ValueError(f"probs_out must match the logits: {tuple(logits.shape)} {logits.dtype}")
-    if top1_out is not None and (top1_out.shape != labels.shape or top1_out.dtype != torch.bool):
-        raise ValueError(f"top1_out must be ({labels.size(0)},) bool, not {tuple(top1_out.shape)} {top1_out.dtype}")
+    if top1_out is not None:
+        found = (top1_out.shape, top1_out.dtype, top1_out.device)
+        if found != (labels.shape, torch.bool, logits.device) or not top1_out.is_contiguous():
+            raise ValueError(f"top1_out must be ({labels.size(0)},) contiguous bool on {logits.device}, not {found}")
     if any(t.size(0) and t.stride(1) != 1 for t in (logits, probs_out) if t is not None and t.size(1) > 1):
         raise ValueError("logits and probs_out need unit stride within a row")
 

@@ -202,6 +202,11 @@ def test_refuses(function):
     for arguments in wrong:
         with pytest.raises(ValueError):
             function(*arguments)
+    hits = torch.ones(8, dtype=torch.bool)
+    for top1 in (hits[::2], hits[:3], hits[:4].int(), hits[:4].to("meta")):  # a kernel would write past what it is
+        with pytest.raises(ValueError, match="top1_out"):
+            function(logits, labels, top1_out=top1)
+    assert hits.all()
 
 
 def test_package_imports_without_triton():
