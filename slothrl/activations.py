@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from slothrl.fuse_layer import Direct, fused_layer, is_plain_checkpoint
+from slothrl.host_memory import free_of_host
 from slothrl.kept_attention import WORTH, AttentionSizes, layers_that_keep, reserved_bytes
-from slothrl.offload import HostMemory, free_of_host
+from slothrl.offload import HostMemory
 from slothrl.plan import Rows
 from slothrl.token_bytes import bytes_to_come, left_beside, left_of_light
 

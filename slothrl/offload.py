@@ -7,16 +7,10 @@ from functools import partial
 from typing import Any, NamedTuple
 from weakref import ref
 
-import psutil
 import torch
 from torch import Tensor
 
 SMALLEST = 1 << 20  # bytes: less is not worth a copy
-
-
-def free_of_host() -> int:
-    """Bytes of the host's memory that nobody has."""
-    return psutil.virtual_memory().available
 
 
 class HostMemory:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import psutil
 import pytest
 from test_fit import shape
 
@@ -11,6 +12,7 @@ from slothrl.fit_batch import attending_layers, sizes, text_config
 from slothrl.fit_constants import card_bytes
 from slothrl.fit_memory import Settings, largest_micro_batch, predict
 from slothrl.fit_terms import adapter_bytes
+from slothrl.host_memory import free_of_host
 from slothrl.kept_attention import AttentionSizes, layers_that_keep, reserved_bytes
 from slothrl.token_bytes import bytes_per_token, left_beside, left_of_light, tokens_that_fit
 from tests.gpu.fit_models import config_of
@@ -60,6 +62,30 @@ def test_whole_layers_in_the_host_s_memory():
     keep = partial(layers_that_keep, "both", WHOLE, 8688, 2048, 8 * GB, 0, 0)
     assert [keep(host=gb * GB) for gb in (0, 4, 64)] == [0, 11, 32]
     assert reserved_bytes("both", WHOLE, 20_000, 60 * GB) == 0 < reserved_bytes("both", MODULES, 20_000, 60 * GB)
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "taken", "files"),
+    [
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_a_container_s_limit_counts(folder, limit, taken, files, tmp_path, monkeypatch):
+    """Of 64 MiB, 48 taken, of which 16 are files' pages; a limit above the machine's memory, or none, says nothing."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": GB}))
+    assert free_of_host(tmp_path) == GB
+    group = tmp_path / folder
+    group.mkdir(exist_ok=True)
+    (group / limit).write_text(f"{64 << 20}\n")
+    (group / taken).write_text(f"{48 << 20}\n")
+    (group / "memory.stat").write_text(f"cache 5\n{files} {16 << 20}\nactive_file 7\n")
+    assert free_of_host(tmp_path) == 32 << 20
+    (group / taken).write_text(f"{96 << 20}\n")
+    assert free_of_host(tmp_path) == 0
+    for most in ("9223372036854771712", "max"):
+        (group / limit).write_text(most)
+        assert free_of_host(tmp_path) == GB
 
 
 def test_what_auto_keeps_lowers_no_budget(llama):
