@@ -126,9 +126,10 @@ class Activations:
 
     @property
     def sizes(self) -> AttentionSizes:
-        """As the layers are now: they may have been fused since."""
+        """As the layers are now: they may have been fused since; while one is watched they run by their modules."""
         layer, config = self.layers[0], self.layers[0].self_attn.config
         heads, fused = config.num_attention_heads, fused_layer(layer)
+        fused = fused if fused is not None and fused.untouched else None
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
         weights = sum(m.in_features * m.out_features for m in layer.modules() if isinstance(m, nn.Linear))
         numbers = width if fused is None else width + fused.attention.numbers

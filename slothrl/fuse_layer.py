@@ -175,9 +175,12 @@ class FusedLayer(Replacement):
         return True
 
     def _plain(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether only the result is asked for, and the modules inside are those of old, watched by nobody."""
-        if kwargs.get("past_key_values") is not None or kwargs.get("output_attentions"):
-            return False
+        """Whether only the result is asked for, of modules that this step stands for."""
+        return kwargs.get("past_key_values") is None and not kwargs.get("output_attentions") and self.untouched
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the modules inside are those of old, watched by nobody, and drop nothing out."""
         if any(self.hooks) or any(parent._modules.get(name) is not child for parent, name, child in self.places):
             return False
         return not any(m.p and m.training for m in self.dropouts)

@@ -253,6 +253,19 @@ def test_auto_keeps_attention_where_it_is_much(folders):  # noqa: F811
     assert kept.sizes.whole and kept.sizes.bytes > sizes.bytes  # q, k and v, too
 
 
+def test_layers_that_run_by_their_modules_are_counted_so(folders):  # noqa: F811
+    """Fused, but watched: what they keep of attention stays on the device, whose memory then is what counts."""
+    model = checkpointed(folders("llama"))
+    fuse(model)
+    keep_activations(model, "both")
+    kept: Activations = vars(model)["_slothrl_activations"]
+    assert kept.sizes.whole and kept.sizes.numbers == 128 + 256
+    handle = kept.layers[0].mlp.register_forward_hook(lambda *_: None)
+    assert not kept.sizes.whole and kept.sizes.numbers == 128
+    handle.remove()
+    assert kept.sizes.whole
+
+
 def test_a_pack_is_judged_by_its_longest_sequence(folders, monkeypatch):  # noqa: F811
     """4,096 tokens of 64 sequences attend no further than 64 do."""
     model = checkpointed(folders("llama"))
