@@ -19,6 +19,7 @@ from slothrl.fit_memory import predict
 from slothrl.fit_terms import adapter_bytes, base_bytes
 from slothrl.plan import Batch, Plan, size
 from slothrl.prepare import Prepared, prepare
+from slothrl.prompts import longest_example
 from slothrl.reward_workers import closing_workers
 
 
@@ -45,7 +46,7 @@ def dry_run(jobs: Sequence[Sequence[str]], overlay: Path | None = None, console:
 @closing_workers()
 def _show(config: Any, console: Console) -> Question:
     prepared = prepare(config, engine=_engine(config))
-    longest = prepared.prompts.longest if prepared.prompts else None
+    longest = prepared.prompts.longest if prepared.prompts else longest_example(prepared.train, prepared.tokenizer)
     asked = question(config, prepared.engine.name, longest)
     planned(prepared, asked).show(console)
     console.print(phases_table(asked))
