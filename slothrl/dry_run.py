@@ -11,7 +11,7 @@ from rich.console import Console
 from slothrl.checks import gpu_memory_gb
 from slothrl.compose import compose_config
 from slothrl.config import Config
-from slothrl.engine import EngineChoice
+from slothrl.engine import EngineChoice, describe_engine
 from slothrl.errors import UserError
 from slothrl.fit import peak, phases_table, verdict
 from slothrl.fit_config import Question, question, value
@@ -74,7 +74,7 @@ def planned(prepared: Prepared, asked: Question) -> Plan:
     plan.add("data", prepared.data_title)
     plan.add("step", _batch(config, asked).describe())
     if not prepared.sft:
-        plan.add("engine", f"{prepared.engine.name} ({prepared.engine.reason})")
+        plan.add("engine", describe_engine(prepared.engine, config.rollout))
         for reward in prepared.rewards:
             plan.add("reward", f"{reward.name} x {reward.weight:g} ({reward.source})")
     fullest = peak(predict(shape, settings, asked.total))
