@@ -87,6 +87,8 @@ def problems(config: Config | DictConfig, anywhere: bool = False) -> list[str]:
     found += _ranges(config)
     if config.algo.trainer == "grpo":
         found += batch_problems(trainer) + _length_problems(config, trainer)
+    elif config.packing.mode == "on":
+        found.append("packing=on packs the updates of GRPO; SFT's sequences are packed by trainer.packing=true")
     found += static_data_problems(config.data)
     if config.algo.trainer == "grpo" or config.reward.functions:
         found += static_reward_problems(config.reward)

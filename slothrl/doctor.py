@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
+from slothrl.checks import unwritable
 from slothrl.plan import size
 
 OK, NOTE, FAIL = "ok", "note", "FAIL"
@@ -201,9 +202,14 @@ def timings() -> Finding:
     attention = kept_timings.recall(attention_choice.SUBJECT, attention_choice.measured_on(device))
     layers = kept_timings.recall(fuse_timing.SUBJECT, kept_timings.timed_on(device))
     folder = kept_timings.timings_file(attention_choice.SUBJECT).parent
-    return Finding(
-        OK, f"{len(attention)} of attention, {len(layers)} of layers, in {folder}; delete them to time again"
-    )
+    said = f"{len(attention)} of attention, {len(layers)} of layers, in {folder}"
+    if reason := unwritable(folder):
+        fix = "each run times anew, and may choose otherwise: make it writable, or set XDG_CACHE_HOME (all caches move)"
+        return Finding(NOTE, f"{said}; none can be added: {reason}", fix)
+    if broken := [name for name in (attention_choice.SUBJECT, fuse_timing.SUBJECT) if kept_timings.damaged(name)]:
+        files = " and ".join(f"{name}.json" for name in broken)
+        return Finding(NOTE, f"{said}; nothing can be read in {files}", "none needed: the next run times anew")
+    return Finding(OK, f"{said}; delete them to time again")
 
 
 def sandbox() -> Finding:

@@ -11,7 +11,7 @@ from rich.console import Console
 from slothrl.checks import gpu_memory_gb
 from slothrl.compose import compose_config
 from slothrl.config import Config
-from slothrl.engine import EngineChoice
+from slothrl.engine import EngineChoice, describe_engine
 from slothrl.errors import UserError
 from slothrl.fit import peak, phases_table, verdict
 from slothrl.fit_config import Question, question, value
@@ -19,6 +19,7 @@ from slothrl.fit_memory import predict
 from slothrl.fit_terms import adapter_bytes, base_bytes
 from slothrl.plan import Batch, Plan, size
 from slothrl.prepare import Prepared, prepare
+from slothrl.prompts import longest_example
 from slothrl.reward_workers import closing_workers
 
 
@@ -45,7 +46,7 @@ def dry_run(jobs: Sequence[Sequence[str]], overlay: Path | None = None, console:
 @closing_workers()
 def _show(config: Any, console: Console) -> Question:
     prepared = prepare(config, engine=_engine(config))
-    longest = prepared.prompts.longest if prepared.prompts else None
+    longest = prepared.prompts.longest if prepared.prompts else longest_example(prepared.train, prepared.tokenizer)
     asked = question(config, prepared.engine.name, longest)
     planned(prepared, asked).show(console)
     console.print(phases_table(asked))
@@ -73,7 +74,7 @@ def planned(prepared: Prepared, asked: Question) -> Plan:
     plan.add("data", prepared.data_title)
     plan.add("step", _batch(config, asked).describe())
     if not prepared.sft:
-        plan.add("engine", f"{prepared.engine.name} ({prepared.engine.reason})")
+        plan.add("engine", describe_engine(prepared.engine, config.rollout))
         for reward in prepared.rewards:
             plan.add("reward", f"{reward.name} x {reward.weight:g} ({reward.source})")
     fullest = peak(predict(shape, settings, asked.total))

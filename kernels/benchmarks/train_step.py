@@ -39,9 +39,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=2048, help="tokens a sequence")
     parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument(
-        "--activations", default="auto", help="of slothrl: auto, layer, attention, offload, both; all: no checkpointing"
-    )
+    policies = ["auto", "layer", "attention", "offload", "both", "all"]
+    parser.add_argument("--activations", default="auto", choices=policies, help="of slothrl; all: no checkpointing")
     parser.add_argument("--arms", help=f"of {','.join(ARMS)}; default: slothrl,graphs,peft, unsloth if installed")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--profile", action="store_true", help="also one step, kernel by kernel")

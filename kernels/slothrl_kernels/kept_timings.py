@@ -75,6 +75,12 @@ def keep(subject: str, group: str | None, key: str, value: Any) -> bool:
         return False
 
 
+def damaged(subject: str) -> bool:
+    """Whether there is a file of which nothing can be read; the next timing that is kept writes it anew."""
+    file = timings_file(subject)
+    return os.path.exists(file) and not _read(file)
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
         stored = json.loads(file.read_text())

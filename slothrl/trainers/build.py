@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback
 from trl import GRPOConfig, SFTConfig
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from slothrl.checks import set_fields
 from slothrl.errors import UserError
@@ -45,9 +46,34 @@ def trainer_config(prepared: Prepared, output_dir: Path) -> GRPOConfig | SFTConf
     known = trainer_fields(config.algo.trainer)
     arguments.update({key: value for key, value in set_fields(config.trainer).items() if key in known})
     try:
-        return CONFIGS[config.algo.trainer](**arguments)
+        made = CONFIGS[config.algo.trainer](**arguments)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+    if isinstance(made, SFTConfig) and made.assistant_only_loss and made.chat_template_path is None:
+        _check_assistant_mask(prepared)
+    return made
+
+
+def _check_assistant_mask(prepared: Prepared) -> None:
+    """Whether the chat template marks what the assistant says, or TRL knows one like it that does.
+
+    Raises:
+        UserError: neither, or rows without messages; TRL says so only once the model is loaded.
+    """
+    columns, row = prepared.train.column_names, prepared.train[0]
+    pair = " (prompt and completion: the loss counts completions only without it)" if "completion" in columns else ""
+    if not isinstance(row.get("messages", row.get("prompt")), list):
+        raise UserError(f"trainer.assistant_only_loss=true needs messages, and the data has text: leave it out{pair}")
+    template = prepared.tokenizer.chat_template
+    try:
+        if not (template and has_generation_markers(template)):
+            get_training_chat_template(prepared.tokenizer)
+    except ValueError as error:
+        raise UserError(
+            "trainer.assistant_only_loss=true: the model's chat template does not mark what the assistant says"
+            " ({% generation %}), and TRL has no template in its place: name one that does by"
+            f" trainer.chat_template_path=…, or leave it out{pair}"
+        ) from error
 
 
 def build_trainer(prepared: Prepared, arguments: GRPOConfig | SFTConfig, model: Any) -> GRPOTrainer | SFTTrainer:

@@ -92,7 +92,7 @@ class GRPOTrainer(Guards, ExactCheckpoints, FewLaunches, Watched, Signal, Packed
     def _check_choices(self) -> None:
         """Raise ValueError where something was asked for that would silently not happen."""
         if self.packing.mode == "on" and self.padded_reason is not None:
-            raise ValueError(f"packing=on: {self.padded_reason}")
+            raise ValueError(f"packing=on: {self.padded_reason}; packing=auto would train over padded rows")
         if self.algorithm != Algorithm() and self.trl_loss_reason is not None:
             raise ValueError(f"algo.loss, algo.advantage and algo.kl need slothrl's own loss: {self.trl_loss_reason}")
         if self.dynamic_sampling.max_resamples and self.accelerator.num_processes > 1:

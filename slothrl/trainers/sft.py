@@ -9,6 +9,8 @@ from trl import SFTConfig
 from trl import SFTTrainer as TRLSFTTrainer
 
 from slothrl.label_scores import LabelScores, label_scores, why_no_label_scores
+from slothrl.logprobs import head_spec
+from slothrl.token_bytes import logit_rows
 from slothrl.trainers.adapters import adapter_values, restore_float32_adapter
 from slothrl.trainers.checkpoints import ExactCheckpoints
 from slothrl.trainers.guards import Guards
@@ -44,7 +46,10 @@ class SFTTrainer(Guards, ExactCheckpoints, FewLaunches, TRLSFTTrainer):
         """Which head gives the loss its log-probs, for the plan table, and why it is not ours."""
         if self.trl_head_reason is not None:
             return f"TRL's: {self.trl_head_reason}"
-        return "slothrl's: gradient written in the forward, 512 to 1,024 tokens' logits at once"
+        model: Any = self.model
+        weight = head_spec(model).weight
+        rows = logit_rows(weight.size(0), weight.element_size())
+        return f"slothrl's: gradient written in the forward, {rows:,} tokens' logits at once"
 
     def compute_loss(self, model, inputs, *positional, **named):
         scored = model if self.trl_head_reason is not None else _Scored(self, model)

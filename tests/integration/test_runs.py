@@ -113,6 +113,7 @@ def test_a_loss_of_ones_own_over_padded_rows(work, tiny_folders, capsys):
 
 def test_sft(work, tiny_folders, capsys):
     arguments = ["algo=sft", "output_dir=run", "trainer.learning_rate=0.01", "trainer.max_steps=4"]
+    arguments.append("model.activations=both")  # of checkpointed layers, and there are none: said
     before = models_alive()
     assert main(tiny(tiny_folders["tiny"], *arguments)) == 0
     assert models_alive() <= before
@@ -121,7 +122,9 @@ def test_sft(work, tiny_folders, capsys):
     assert len(losses) == 2
     assert losses[1] < losses[0] - 0.1  # it learns
     shown = capsys.readouterr().out
-    assert "{'eval_loss'" not in shown and "slothrl's: gradient written in the forward" in " ".join(shown.split())
+    said = " ".join(shown.replace("│", "").split())
+    assert "{'eval_loss'" not in shown and "slothrl's: gradient written in the forward" in said
+    assert "model.activations=both is for trainer.gradient_checkpointing=true" in said
 
 
 def test_sft_without_a_reward_measures_the_loss(work, tiny_folders):

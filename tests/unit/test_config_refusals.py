@@ -204,3 +204,9 @@ def test_engine_length():
         "rollout.max_model_len=71 is under data.max_prompt_length + trainer.max_completion_length = 72"
     ]
     assert compose_config(["rollout.max_model_len=72"]).rollout.max_model_len == 72
+
+
+def test_packing_of_sft_is_trls():
+    assert refused("algo=sft", "packing=on") == [
+        "packing=on packs the updates of GRPO; SFT's sequences are packed by trainer.packing=true"
+    ]

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from slothrl.engine import Rollout, Sampling, TransformersEngine, model_logprobs
+from slothrl.config import RolloutConfig
+from slothrl.engine import EngineChoice, Rollout, Sampling, TransformersEngine, describe_engine, model_logprobs
 from slothrl.rollout import wants_view
 from slothrl.vllm_compilation import compilation, graph_sizes
 from tests.helpers import tiny_model, tiny_tokenizer
@@ -129,3 +130,13 @@ def test_early_launch_is_an_option_of_inductor():
     with inductor.patch(patches):  # refuses a name that it does not know
         assert inductor.triton.enable_pdl
     assert not inductor.triton.enable_pdl
+
+
+def test_what_only_vllm_takes_is_said():
+    asked = RolloutConfig(view="bf16", kv_cache_dtype="fp8")
+    slow = EngineChoice("transformers", "asked for")
+    assert describe_engine(slow, RolloutConfig()) == "transformers (asked for)"
+    assert describe_engine(slow, asked) == (
+        "transformers (asked for); of vLLM alone, and not used: rollout.view=bf16, rollout.kv_cache_dtype=fp8"
+    )
+    assert describe_engine(EngineChoice("vllm", "auto"), asked) == "vllm (auto)"

@@ -148,3 +148,14 @@ def test_the_doctor_counts_them(gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     keep("attention_choices", attention_choice.measured_on(torch.device("cuda")), "a", {})
     assert doctor.timings().detail.startswith("1 of attention, 0 of layers, in ")
+    folder = timings_file("attention_choices").parent
+    timings_file("fused_layers").write_text("{")
+    found = doctor.timings()
+    assert found.status == doctor.NOTE and found.detail.endswith("; nothing can be read in fused_layers.json")
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    folder.write_text("a file where the folder would be")
+    found = doctor.timings()
+    assert found.status == doctor.NOTE and found.detail.endswith(f"none can be added: {folder} is a file")
+    assert "XDG_CACHE_HOME" in found.fix

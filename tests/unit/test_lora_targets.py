@@ -4,6 +4,7 @@ import pytest
 from torch import nn
 
 from slothrl.lora_targets import target_problems
+from tests.helpers import tiny_model
 
 
 class Layer(nn.Module):
@@ -39,3 +40,11 @@ def test_patterns():
     assert "such as 0.q_proj" in line
     (line,) = target_problems(model(), "(q_proj")
     assert line.startswith("model.lora.target_modules=(q_proj: no regular expression (")
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ".*(q_proj|lm_head)"])
+def test_the_output_head(targets):
+    """TRL refuses it too, once the model is loaded."""
+    (line,) = target_problems(tiny_model(50), targets)
+    assert line.startswith("model.lora.target_modules: 'lm_head' is the output head") and "all-linear" in line
+    assert target_problems(tiny_model(50), ["q_proj"]) == []
