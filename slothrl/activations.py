@@ -5,8 +5,8 @@
                  of a layer whose cost grows with S is not run again, in as many layers as fit into half of the free
                  memory
     offload      as layer, with the input in the host's pinned memory, fetched again while the layer above is worked on
-    both         attention and offload: where a layer is one step all of it in the host's memory, as far as half of that
-                 goes; else attention's on the device
+    both         attention and offload: where a layer is one step all of it in the host's memory, as far as three
+                 tenths of that go; else attention's on the device
     auto         on a GPU attention, where its share of a layer's FLOPs makes up for what saving takes, or where a layer
                  is one step and memory is plenty (`slothrl.kept_attention` says how much that is); else layer
 
@@ -122,7 +122,11 @@ class Activations:
         free = free_bytes(device) - bytes_to_come(self.trained)
         config = self.layers[0].self_attn.config
         left, light = left_beside(free, config, tokens), left_of_light(config, tokens)
-        return layers_that_keep(self.policy, self.sizes, tokens, reach, free, left, light, free_of_host())
+        return layers_that_keep(self.policy, self.sizes, tokens, reach, free, left, light, self._host_bytes())
+
+    def _host_bytes(self) -> int:
+        """What nobody has, and what an earlier forward had of it: torch's host allocator keeps that for the next."""
+        return 0 if self.host is None else free_of_host() + self.host.most
 
     @property
     def sizes(self) -> AttentionSizes:

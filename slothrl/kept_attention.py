@@ -7,6 +7,9 @@ from dataclasses import dataclass
 KEEPING = ("auto", "attention", "both")  # policies of `slothrl.activations` under which any layer does
 WORTH = 0.3  # of a layer's forward FLOPs: 24K tokens of Llama-3-8B; below, single modules save less than saving takes
 SHARE = 0.5  # of the free memory, for what was asked for or is worth it
+HOST_SHARE = (
+    0.3  # of the host's free memory: torch rounds each pinned piece up to a power of two, to twice that at most
+)
 PLENTY = 0.25  # of the free memory, for what is only a few per cent of a step and takes none away from anything else
 
 
@@ -50,7 +53,7 @@ def layers_that_keep(
     What was asked for ("attention", "both") gets half of the free memory, and so does "auto" where attention is
     `WORTH` it. Where it is not, "auto" keeps it in whole layers only, in a quarter of the free memory, and in small
     micro-batches: one that is large without it stays as it is, also where memory is plenty. "both" puts what whole
-    layers keep into half of the host's memory instead, and takes none of the device's.
+    layers keep into `HOST_SHARE` of the host's memory instead, and takes none of the device's.
 
     Args:
         tokens: of the forward. reach: the most keys that one of them sees.
@@ -62,7 +65,7 @@ def layers_that_keep(
     """
     if policy not in KEEPING or tokens < 1:
         return 0
-    room = SHARE * host if in_host(policy, sizes) else min(SHARE * free, left)
+    room = HOST_SHARE * host if in_host(policy, sizes) else min(SHARE * free, left)
     if policy == "auto" and sizes.share(reach) < WORTH:
         room = min(PLENTY * free, left, light) if sizes.whole else 0
     return max(0, min(sizes.layers, int(room / (tokens * sizes.bytes))))

@@ -30,11 +30,13 @@ class HostMemory:
     def __init__(self, layers: int, smallest: int = SMALLEST) -> None:
         self.layers, self.smallest = layers, smallest
         self.waiting: Waiting = {}
+        self.most = 0  # bytes that one forward has moved out
+        self._moving = 0
         self._streams: dict[tuple[torch.device, str], Any] = {}
 
     def begin(self) -> None:
         """A new forward; what an earlier one left is held by its own graph, for as long as there is one."""
-        self.waiting = {}
+        self.waiting, self._moving = {}, 0
 
     def taking(self, index: int) -> AbstractContextManager:
         """Inside of it, what autograd is given to keep goes to the host as layer `index`'s."""
@@ -46,6 +48,8 @@ class HostMemory:
 
     def move(self, index: int, waiting: Waiting, x: Tensor, first: bool = True) -> _Moved:
         moved = _Moved(self, x, waiting, index, stays=index == self.layers - 1, first=first)
+        self._moving += x.nbytes if moved.away else 0
+        self.most = max(self.most, self._moving)
         waiting.setdefault(index, []).append(ref(moved))
         return moved
 
