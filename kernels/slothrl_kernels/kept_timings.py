@@ -7,23 +7,21 @@ costs nothing but timing again.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from slothrl_kernels.nf4_launches import cache_file
 from slothrl_kernels.switch import HAS_TRITON
+from slothrl_kernels.user_cache import cached, read, write
 
 KERNELS = 1  # what was timed with other kernels or layers is nobody's: to be raised when they get faster
 
 
 def timings_file(subject: str) -> Path:
     """Where this user's timings of a subject are kept."""
-    return cache_file().with_name(f"{subject}.json")
+    return cached(subject)
 
 
 def timed_on(device: torch.device) -> str | None:
@@ -44,7 +42,7 @@ def recall(subject: str, group: str | None) -> dict[str, Any]:
     Args:
         group: `timed_on` and what else decides; None: nothing is kept.
     """
-    found = _read(timings_file(subject)).get(group, {}) if group is not None else {}
+    found = read(timings_file(subject)).get(group, {}) if group is not None else {}
     return found if isinstance(found, dict) else {}
 
 
@@ -60,30 +58,17 @@ def keep(subject: str, group: str | None, key: str, value: Any) -> bool:
     if group is None:
         return False
     file = timings_file(subject)
-    new = file.with_suffix(f".{os.getpid()}")
+    stored = read(file)
+    mine = stored.get(group)
+    stored[group] = {**(mine if isinstance(mine, dict) else {}), key: value}
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        stored = _read(file)
-        mine = stored.get(group)
-        stored[group] = {**(mine if isinstance(mine, dict) else {}), key: value}
-        new.write_text(json.dumps(stored, indent=1))
-        new.replace(file)
-        return True
-    except OSError:  # a home that is read only, a full disk
-        with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
+        write(file, stored)
+    except OSError:
         return False
+    return True
 
 
 def damaged(subject: str) -> bool:
     """Whether there is a file of which nothing can be read; the next timing that is kept writes it anew."""
     file = timings_file(subject)
-    return os.path.exists(file) and not _read(file)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        stored = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return stored if isinstance(stored, dict) else {}
+    return os.path.exists(file) and not read(file)

@@ -6,8 +6,6 @@ Winners are found by `nf4_tuning.tune` (a model's by `python -m slothrl tune`) a
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 
 from slothrl_kernels.nf4_config import DEFAULTS, ROW_BUCKETS, Nf4Config, bucket, complete
 from slothrl_kernels.switch import processors
+from slothrl_kernels.user_cache import cached, read, write
 
 KERNEL = 4  # winners of another kernel, or of other fields, are nobody's
 Winners = dict[tuple[int, int, int], Nf4Config]  # by (rows bucket, N, K)
@@ -102,8 +101,7 @@ def untuned(shapes: Iterable[tuple[int, int]], device: torch.device) -> list[tup
 
 def cache_file() -> Path:
     """Where this user's winners are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "slothrl" / "nf4_launches.json"
+    return cached("nf4_launches")
 
 
 def gpu_key(device: torch.device) -> str:
@@ -117,23 +115,20 @@ def gpu_key(device: torch.device) -> str:
 def found_launches(device: torch.device) -> Winners:
     """This user's winners for a GPU by (rows bucket, N, K); empty where nothing was tuned or the file is unreadable."""
     try:
-        stored = json.loads(cache_file().read_text()).get(gpu_key(device), {})
+        stored = read(cache_file()).get(gpu_key(device), {})
         return {(*map(int, key.split(",")),): Nf4Config(*fields) for key, fields in stored.items()}  # pyright: ignore
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError):
         return {}
 
 
 def keep(best: Winners, device: torch.device) -> None:
-    """Write winners into the file, beside other GPUs'; whole or not at all."""
-    file = cache_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        stored = json.loads(file.read_text())
-    except (OSError, ValueError):
-        stored = {}
+    """Write winners into the file, beside other GPUs'; whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    stored = read(cache_file())
     stored[gpu_key(device)] = {",".join(map(str, key)): config.fields() for key, config in best.items()}
-    new = file.with_suffix(f".{os.getpid()}")
-    new.write_text(json.dumps(stored, indent=1))
-    new.replace(file)
+    write(cache_file(), stored)
     found_launches.cache_clear()
     choose_config.cache_clear()

@@ -131,12 +131,8 @@ def launch(
     (rows, inputs), outputs, nested, code = x.shape, weight.shape[0], weight.nested, weight.code
     grid = (triton.cdiv(outputs, config.block_n), config.splits, triton.cdiv(rows, config.block_m))
     y = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    partials = arrived = code  # not touched by a single split
     programs = _programs(config, grid, inputs, x.device)
-    if programs or config.splits > 1:
-        size = 2 * programs * config.block_m * config.block_n or config.splits * rows * outputs
-        partials = torch.empty(size, dtype=torch.float32, device=x.device)
-        arrived = arrival_counters(x.device, grid[0] * grid[2], own)  # may be a launch: not between the next two
+    partials, arrived = _workspace(y, config, grid, programs, own)  # may be a launch: not between the next two
     ordered, xa = nf4_inputs(x, config.chunks, lora.a if lora else None, own, early, early and follows)
     with torch.cuda.device_of(x):  # Triton launches on the current device, not on the tensor's
         nf4_gemm_kernel[(programs, 1, 1) if programs else grid](
@@ -148,8 +144,7 @@ def launch(
             code if bias is None else bias,
             *((xa, lora.b, lora.ends) if lora else (code, code, code)),
             y,
-            partials,
-            arrived,
+            *(code if memory is None else memory for memory in (partials, arrived)),
             *(rows, outputs, inputs, inputs // 4, inputs // 64, config.splits),
             min(inputs // 2, max(64, ahead // (programs * config.block_n or outputs * config.splits) // 16 * 16)),
             processors(x.device) if config.apart else 1,
@@ -165,6 +160,17 @@ def launch(
 def _programs(config: Nf4Config, grid: tuple[int, int, int], inputs: int, device: torch.device) -> int:
     """Programs that take equal shares of all tiles' steps, none without a step; 0: the grid runs as it is."""
     return min(processors(device) * config.slots, grid[0] * grid[2] * (inputs // 64 // config.chunks))
+
+
+def _workspace(
+    y: Tensor, config: Nf4Config, grid: tuple[int, int, int], programs: int, own: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Memory for partial sums of y (M, N) and the counters of their arrivals; None for tiles that nobody shares."""
+    if not programs and config.splits == 1:
+        return None, None
+    size = 2 * programs * config.block_m * config.block_n or config.splits * y.numel()
+    partials = torch.empty(size, dtype=torch.float32, device=y.device)
+    return partials, arrival_counters(y.device, grid[0] * grid[2], own)
 
 
 def _options(x: Tensor, weight: Nf4Weight, has_bias: bool, config: Nf4Config) -> dict[str, Any]:
