@@ -61,19 +61,21 @@ def main() -> int:
 def compare(arms: list[str], arguments: argparse.Namespace) -> int:
     shape = f"{arguments.shape} shape, {arguments.batch} x {arguments.length} tokens"
     print(f"### SFT step, {shape}, nf4, LoRA r=16\n", flush=True)
-    results = {arm: in_process(arm) for arm in arms}
-    first = next((r for r in results.values() if "loss" in r), {})
-    print(f"{first.get('device', '?')}, torch {first.get('torch', '?')}, {time.strftime('%Y-%m-%d')}\n")
-    print("| arm | tok/s | ms a step | peak GiB allocated | reserved | loss | gradient norm |\n" + "|---" * 7 + "|")
+    results: dict[str, Any] = {}
     wrong = []
-    for arm, result in results.items():
+    for arm in arms:
+        result = results[arm] = in_process(arm)
+        first = next((r for r in results.values() if "loss" in r), {})
+        if len(results) == 1:
+            print(f"{first.get('device', '?')}, torch {first.get('torch', '?')}, {time.strftime('%Y-%m-%d')}\n")
+            print("| arm | tok/s | ms a step | peak GiB allocated | reserved | loss | gradient norm |\n" + "|---" * 7 + "|")
         if "loss" not in result:
-            print(f"| {arm} | FAILED: {result['error']} |")
+            print(f"| {arm} | FAILED: {result['error']} |", flush=True)
             wrong.append(arm)
             continue
         cells = [f"{result['tokens_per_second']:,.0f}", f"{result['ms']:.1f}", f"{result['allocated']:.2f}"]
         cells += [f"{result['reserved']:.2f}", f"{result['loss']:.4f}", f"{result['grad_norm']:.4f}"]
-        print(f"| {arm} | " + " | ".join(cells) + " |")
+        print(f"| {arm} | " + " | ".join(cells) + " |", flush=True)
         same = abs(result["loss"] - first["loss"]) <= LOSS_TOLERANCE * abs(first["loss"])
         same &= abs(result["grad_norm"] - first["grad_norm"]) <= NORM_TOLERANCE * first["grad_norm"]
         if not same or not result["grad_norm"] > 0:

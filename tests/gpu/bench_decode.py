@@ -6,6 +6,8 @@
     python tests/gpu/bench_decode.py --shape 8b --profile        # also where a step's time goes, and where none does
     python tests/gpu/bench_decode.py --shape 8b,3b,0.5b --arms slothrl,bitsandbytes --prompt 64 --steps 48 \\
         --batched 4096 --sequences 1,2,4,8,16,24,32,48,64,96,128,192,256    # is ours slower anywhere? on one card
+    python tests/gpu/bench_decode.py --shape 0.5b --arms slothrl,bitsandbytes --prompt 64 --rounds 3 --profile \\
+        --sequences 64,96,128,192,256 --profiled 64,96,128,192,256    # where the host takes longer than the GPU
 
 Random weights of the shape, LoRA r=16 on all linear layers, CUDA graphs, prompts of 512 tokens (--prompt) and 256 more:
 the time of a step is that of generating 257 tokens less that of generating one, over 256 (--steps). All arms of all
@@ -41,8 +43,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--kv", type=float, help="GiB of KV cache an arm; default: what its sequences need")
     parser.add_argument("--batched", type=int, help="tokens a step at most; vLLM's default takes more memory")
+    parser.add_argument("--rounds", type=int, default=1, help="the arms in turn so often; the fewest ms of a step count")
     parser.add_argument("--rollout", action="store_true")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profiled", type=numbers, help="numbers of sequences to profile; default: 1, 64, 128")
     parser.add_argument("--arm", nargs=2, help="for the child processes: a shape and an arm of it")
     parser.add_argument("--folder", type=Path)
     return parser.parse_args(arguments)

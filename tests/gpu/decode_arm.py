@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import json
 import random
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,19 +142,36 @@ def measure(options: argparse.Namespace, shape: str, arm: str, all_arms: list[st
     (out / f"{name}.ready").touch()
     while not all((out / f"{n}.ready").exists() or (out / f"{n}.dead").exists() for n in all_arms):
         time.sleep(0.5)
-    with (Path(tempfile.gettempdir()) / "bench_decode.turn").open("w") as turn:  # also of another command's arms
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        take_times(options, Timer(llm, arm, options.prompt), found, out / f"{name}.json")
+    seconds = Timer(llm, arm, options.prompt)
+    for turn in range(options.rounds):
+        with my_turn():
+            take_steps(options, seconds, found, out / f"{name}.json")
+            if turn == options.rounds - 1:
+                take_rest(options, seconds, found, out / f"{name}.json")
+        time.sleep(1)  # for the next to take the turn
     vllm_compat.shut_down(llm)
 
 
-def take_times(options: argparse.Namespace, seconds: Timer, found: dict[str, Any], file: Path) -> None:
+@contextlib.contextmanager
+def my_turn() -> Iterator[None]:
+    """Alone on the device, among the arms of this command and of others."""
+    with (Path(tempfile.gettempdir()) / "bench_decode.turn").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
+
+
+def take_steps(options: argparse.Namespace, seconds: Timer, found: dict[str, Any], file: Path) -> None:
+    """Milliseconds a step, the fewest of this round and those before: what else the host does only adds to them."""
     steps = options.steps
     for count in options.sequences:
         seconds(count, 8)
         one = statistics.median(seconds(count, 1) for _ in range(3))
-        found[f"{count}"] = (min(seconds(count, steps + 1) for _ in range(2)) - one) / steps * 1e3
+        taken = (min(seconds(count, steps + 1) for _ in range(2)) - one) / steps * 1e3
+        found[f"{count}"] = min(taken, found.get(f"{count}", taken))
         save(file, found)
+
+
+def take_rest(options: argparse.Namespace, seconds: Timer, found: dict[str, Any], file: Path) -> None:
     found["prefill"] = PREFILL * options.prompt / min(seconds(PREFILL, 1) for _ in range(2))
     if options.rollout:
         completions, prompt, tokens = ROLLOUT
@@ -161,7 +180,7 @@ def take_times(options: argparse.Namespace, seconds: Timer, found: dict[str, Any
     if options.profile:
         from tests.gpu.decode_profile import profile
 
-        counts = [count for count in options.sequences if count in (1, 64, 128)] or options.sequences[-1:]
+        counts = options.profiled or [count for count in options.sequences if count in (1, 64, 128)]
         found["profile"] = {f"{count}": profile(count, seconds) for count in counts}
         save(file, found)
 
