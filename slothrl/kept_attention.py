@@ -1,15 +1,18 @@
-"""In how many checkpointed layers attention's results are kept for the backward: pure functions of sizes and memory."""
+"""In how many checkpointed layers attention's results, or all results, are kept for the backward: pure functions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-KEEPING = ("auto", "attention", "both")  # policies of `slothrl.activations` under which any layer does
+from slothrl.token_bytes import USABLE
+
+KEEPING = ("auto", "attention", "both", "all")  # policies of `slothrl.activations` under which any layer does
 WORTH = 0.3  # of a layer's forward FLOPs: 24K tokens of Llama-3-8B; below, single modules save less than saving takes
 SHARE = 0.5  # of the free memory, for what was asked for or is worth it
 HOST_SHARE = (
     0.3  # of the host's free memory: torch rounds each pinned piece up to a power of two, to twice that at most
 )
+ENOUGH = 8192  # tokens of a micro-batch: a larger one is faster by 2 %, and nothing computed again by 15 (8B, H100)
 PLENTY = 0.25  # of the free memory, for what is only a few per cent of a step and takes none away from anything else
 
 
@@ -25,6 +28,7 @@ class AttentionSizes:
         numbers: 16-bit values that a layer keeps a token: the output; q, k and v too where it is one step of autograd.
         whole: a layer is one step of autograd (`slothrl.fuse_layer`), which keeps them at no cost and is spared q, k
             and v as well as attention in its backward.
+        rest: 16-bit values a token that it keeps beyond these where nothing is computed again.
     """
 
     layers: int
@@ -33,11 +37,17 @@ class AttentionSizes:
     weights: int
     numbers: int
     whole: bool
+    rest: int = 0
 
     @property
     def bytes(self) -> int:
         """A token's, in one layer: 16-bit values, and the log-sum-exp in float32."""
         return 2 * self.numbers + 4 * self.heads
+
+    @property
+    def all_bytes(self) -> int:
+        """The same of a layer that keeps everything."""
+        return self.bytes + 2 * self.rest
 
     def share(self, reach: int) -> float:
         """Attention's, of a layer's forward FLOPs a token: causal 2 S width; projections 2 a weight."""
@@ -45,15 +55,23 @@ class AttentionSizes:
         return attention / (attention + 2 * self.weights)
 
 
+def layers_that_keep_all(policy: str, sizes: AttentionSizes, tokens: int, left: int) -> int:
+    """Whole layers that compute nothing again, in one forward of `tokens` on a GPU: as many as `left` bytes hold."""
+    if policy != "all" or not sizes.whole or tokens < 1:
+        return 0
+    return max(0, min(sizes.layers, int(left / (tokens * sizes.all_bytes))))
+
+
 def layers_that_keep(
     policy: str, sizes: AttentionSizes, tokens: int, reach: int, free: int, left: int, light: int, host: int = 0
 ) -> int:
     """Layers that keep their attention in one forward on a GPU.
 
-    What was asked for ("attention", "both") gets half of the free memory, and so does "auto" where attention is
-    `WORTH` it. Where it is not, "auto" keeps it in whole layers only, in a quarter of the free memory, and in small
-    micro-batches: one that is large without it stays as it is, also where memory is plenty. "both" puts what whole
-    layers keep into `HOST_SHARE` of the host's memory instead, and takes none of the device's.
+    What was asked for ("attention", "both", "all" in layers that do not keep all) gets half of the free memory, and so
+    does "auto" where attention is `WORTH` it. Where it is not, "auto" keeps it in whole layers only, in a quarter of
+    the free memory, and in small micro-batches: one that is large without it stays as it is, also where memory is
+    plenty. "both" puts what whole layers keep into `HOST_SHARE` of the host's memory instead, and takes none of the
+    device's.
 
     Args:
         tokens: of the forward. reach: the most keys that one of them sees.
@@ -78,7 +96,16 @@ def in_host(policy: str, sizes: AttentionSizes) -> bool:
 
 def reserved_bytes(policy: str, sizes: AttentionSizes, tokens: int, free: int) -> int:
     """Bytes a token that the budget of a micro-batch leaves for attention: what was asked for, or may be worth it when
-    all tokens are one sequence. What "auto" keeps beyond that is memory that nobody wants, and lowers no budget."""
+    all tokens are one sequence. What "auto" keeps beyond that is memory that nobody wants, and lowers no budget.
+
+    For all that layers compute ("all") it is left as far as `ENOUGH` tokens still fit: b bytes a token and T tokens
+    that b (1/T' - 1/T) T more leave T' of.
+
+    Args:
+        tokens: as many as fit without (T). free: bytes of the device.
+    """
+    if policy == "all" and sizes.whole:
+        return max(0, min(sizes.layers * sizes.all_bytes, int(USABLE * free * (1 / min(tokens, ENOUGH) - 1 / tokens))))
     if policy not in KEEPING or in_host(policy, sizes) or (policy == "auto" and sizes.share(tokens) < WORTH):
         return 0
     return min(sizes.layers, int(SHARE * free / (tokens * sizes.bytes))) * sizes.bytes

@@ -8,12 +8,12 @@ import pytest
 from test_fit import shape
 
 from slothrl.fit_activations import MicroBatch, Route, activation_peak, kept_attention_bytes
-from slothrl.fit_batch import attending_layers, sizes, text_config
+from slothrl.fit_batch import keeping_layers, sizes, text_config
 from slothrl.fit_constants import card_bytes
 from slothrl.fit_memory import Settings, largest_micro_batch, predict
 from slothrl.fit_terms import adapter_bytes
 from slothrl.host_memory import free_of_host
-from slothrl.kept_attention import AttentionSizes, layers_that_keep, reserved_bytes
+from slothrl.kept_attention import AttentionSizes, layers_that_keep, layers_that_keep_all, reserved_bytes
 from slothrl.token_bytes import bytes_per_token, left_beside, left_of_light, tokens_that_fit
 from tests.gpu.fit_models import config_of
 from tests.traced import traced_peak
@@ -21,7 +21,7 @@ from tests.traced import traced_peak
 GB = 10**9
 # Llama-3-8B: 218M weights a layer; fused it keeps 4,096 of the output and 6,144 of q, k and v.
 MODULES = AttentionSizes(32, 4096, 32, 218_103_808, 4096, whole=False)
-WHOLE = replace(MODULES, numbers=10_240, whole=True)
+WHOLE = replace(MODULES, numbers=10_240, whole=True, rest=32_768)  # h, and gate and up of 14,336
 
 
 @pytest.fixture(scope="module")
@@ -110,18 +110,57 @@ def test_fit_decides_as_the_trainer_does(llama):
     assert sizes(llama, replace(settings, fused=False)) == MODULES
     total = card_bytes(80)
     batch = largest_micro_batch(llama, settings, total)
-    assert attending_layers(llama, batch, settings, 70 * GB) == 0  # the default here: layer
+    assert keeping_layers(llama, batch, settings, 70 * GB) == (0, 0)  # the default here: layer
     auto = replace(settings, activations="auto")
     assert largest_micro_batch(llama, auto, total) == batch
-    assert attending_layers(llama, batch, auto, 70 * GB) == 32
-    assert attending_layers(llama, batch, replace(auto, cuda=False), 70 * GB) == 0
-    assert attending_layers(llama, batch, replace(auto, checkpointing=False), 70 * GB) == 0
+    assert keeping_layers(llama, batch, auto, 70 * GB) == (0, 32)
+    assert keeping_layers(llama, batch, replace(auto, cuda=False), 70 * GB) == (0, 0)
+    assert keeping_layers(llama, batch, replace(auto, checkpointing=False), 70 * GB) == (0, 0)
     more = predict(llama, auto, total)[-1].total - predict(llama, settings, total)[-1].total
     assert more == 31 * batch.tokens * WHOLE.bytes  # the last layer's are there while it is computed again
     # Half of what is free for what was asked for, which then is missing for tokens.
     small = card_bytes(12)
     asked = replace(settings, activations="attention")
     assert largest_micro_batch(llama, asked, small).tokens < largest_micro_batch(llama, settings, small).tokens
+
+
+def test_all_of_a_layer_as_far_as_it_fits():
+    """A token of one layer: 20,608 bytes of attention and 65,536 of the rest; 8,688 tokens are 748 MB."""
+    assert WHOLE.all_bytes == 86_144
+    keep = partial(layers_that_keep_all, "all", WHOLE, 8688)
+    assert [keep(left) for left in (-1, 0, GB, 10 * GB, 70 * GB)] == [0, 0, 1, 13, 32]
+    assert layers_that_keep_all("attention", WHOLE, 8688, 70 * GB) == 0
+    assert layers_that_keep_all("all", MODULES, 8688, 70 * GB) == 0  # these keep attention
+    assert layers_that_keep("all", MODULES, 8688, 2048, 4 * GB, 3 * GB, 0) == 27
+
+
+def test_a_budget_for_all_of_a_layer(llama):
+    """All that 32 layers compute where that leaves 8,192 tokens, else as much as leaves these; small cards nothing."""
+    config, tokens, reserved = text_config(llama), [], []
+    for gb in (3, 10, 17, 73):
+        fits = tokens_that_fit(gb * GB, config, True)
+        reserved.append(reserved_bytes("all", WHOLE, fits, gb * GB))
+        tokens.append(tokens_that_fit(gb * GB, config, True, reserved[-1]))
+    assert tokens == [2048, 7168, 7168, 16_384]
+    assert reserved[0] == 0 < reserved[1] < reserved[2] < reserved[3] == 32 * WHOLE.all_bytes
+
+
+def test_fit_counts_all_of_a_layer(llama):
+    """As without checkpointing, but for x and the sum after attention, of which that counts three and this two; and
+    some layers lie between none and all."""
+    settings = Settings(trainer="sft", packed=False, rows=2, prompt=0, completion=2048, fused=True, activations="all")
+    batch, cpu = MicroBatch.padded(2, 2048, 4096, masked=False), replace(settings, cuda=False)
+    assert keeping_layers(llama, batch, settings, 70 * GB) == keeping_layers(llama, batch, cpu, 0) == (32, 0)
+    some = keeping_layers(llama, batch, settings, 8 * GB)
+    assert some == (9, 1) and keeping_layers(llama, batch, replace(settings, fused=False), 8 * GB) == (0, 32)
+    peaks = [
+        activation_peak(llama, batch, Route(fused=True, whole=whole, attending=attending))
+        for whole, attending in ((0, 0), some, (32, 0))
+    ]
+    assert peaks[0] < peaks[1] < peaks[2]
+    without = activation_peak(llama, batch, Route(fused=True, checkpointing=False))
+    assert peaks[2] == pytest.approx(without - 32 * 4096 * 2 * 4096, rel=0.02)
+    assert peaks[1] - peaks[0] == 4096 * (9 * WHOLE.all_bytes + WHOLE.bytes)
 
 
 def test_some_layers_and_norms_of_heads(llama):
