@@ -10,7 +10,8 @@
     both         attention and offload: where a layer is one step all of it in the host's memory, as far as three
                  tenths of that go; else attention's on the device
     auto         on a GPU attention, where its share of a layer's FLOPs makes up for what saving takes, or where a layer
-                 is one step and memory is plenty (`slothrl.kept_attention` says how much that is); else layer
+                 is one step and memory is plenty (`slothrl.kept_attention` says how much that is), and all in as many
+                 of these as that memory has room for; else layer
 
 transformers asks each layer's `_gradient_checkpointing_func`, and trainers set it anew when they start: a hook in front
 of the decoder puts ours there again, on this instance, and `release` takes both away.
@@ -30,7 +31,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from slothrl.fuse_layer import Direct, fused_layer, is_plain_checkpoint
 from slothrl.host_memory import free_of_host
-from slothrl.kept_attention import WORTH, AttentionSizes, layers_that_keep, layers_that_keep_all, reserved_bytes
+from slothrl.kept_attention import WORTH, AttentionSizes, layers_that_keep, reserved_bytes
 from slothrl.offload import HostMemory
 from slothrl.plan import Rows
 from slothrl.token_bytes import bytes_to_come, left_beside, left_of_light
@@ -56,7 +57,8 @@ def keep_activations(model: Any, policy: str) -> Rows:
         return [("activations", "layer inputs" if owner else "this model has no layers that transformers checkpoints")]
     vars(model)[_KEPT] = Activations(owner, layers, policy)
     words = {
-        "auto": f"layer inputs; attention too where it is {WORTH:.0%} of the work, or a layer is one step and it fits",
+        "auto": f"layer inputs; attention too where it is {WORTH:.0%} of the work, or a layer is one step and it fits;"
+        " then all that fits",
         "attention": "layer inputs and attention outputs, as far as they fit",
         "all": "all of a layer where that is one step, as far as it fits; else layer inputs and attention outputs",
         "offload": "layer inputs, in the host's memory",
@@ -128,10 +130,7 @@ class Activations:
         free = free_bytes(device) - bytes_to_come(self.trained)
         config = self.layers[0].self_attn.config
         left, light = left_beside(free, config, tokens), left_of_light(config, tokens)
-        whole = layers_that_keep_all(self.policy, sizes, tokens, left)
-        left -= whole * tokens * sizes.all_bytes
-        found = layers_that_keep(self.policy, sizes, tokens, reach, free, left, light, self._host_bytes())
-        return whole, min(found, count - whole)
+        return layers_that_keep(self.policy, sizes, tokens, reach, free, left, light, self._host_bytes())
 
     def _host_bytes(self) -> int:
         """What nobody has, and what an earlier forward had of it: torch's host allocator keeps that for the next."""

@@ -7,7 +7,7 @@ whose log-probs are taken.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slothrl_kernels.layer_mlp import columns_of
 
@@ -243,8 +243,9 @@ def activation_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
         kept = (min(shape.layers, 2) if route.offload else shape.layers) * states
         kept += kept_attention_bytes(shape, batch, route)
         peaks = [kept + 4 * batch.tokens * shape.hidden + states + head + copies]
-        if route.whole:
-            peaks.append(kept + fused_mlp_bytes(shape, batch, width, route.quantized, kept=True))
+        if route.whole:  # by then the layers after them have given theirs back
+            first = route.whole * states + kept_attention_bytes(shape, batch, replace(route, attending=0))
+            peaks.append(first + fused_mlp_bytes(shape, batch, width, route.quantized, kept=True))
         peaks += [kept + layer_peak(shape, batch, route)] if route.whole < shape.layers else []
         return max(peaks) + batch.mask_cells
     layer, last = _whole_layer(shape, batch, route)

@@ -13,7 +13,6 @@ from slothrl.kept_attention import (
     AttentionSizes,
     in_host,
     layers_that_keep,
-    layers_that_keep_all,
     reserved_bytes,
 )
 from slothrl.packing import Row, plan_micro_batches
@@ -84,10 +83,7 @@ def keeping_layers(shape: Shape, batch: MicroBatch, settings: Settings, free: in
     if in_host(policy, found):
         return 0, min(2, shape.layers)  # on the device at a time
     left, light = left_beside(free, config, batch.tokens), left_of_light(config, batch.tokens)
-    whole = layers_that_keep_all(policy, found, batch.tokens, left)
-    left -= whole * batch.tokens * found.all_bytes
-    attending = layers_that_keep(policy, found, batch.tokens, settings.length, free, left, light)
-    return whole, min(attending, shape.layers - whole)
+    return layers_that_keep(policy, found, batch.tokens, settings.length, free, left, light)
 
 
 def sizes(shape: Shape, settings: Settings) -> AttentionSizes:

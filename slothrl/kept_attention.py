@@ -55,23 +55,17 @@ class AttentionSizes:
         return attention / (attention + 2 * self.weights)
 
 
-def layers_that_keep_all(policy: str, sizes: AttentionSizes, tokens: int, left: int) -> int:
-    """Whole layers that compute nothing again, in one forward of `tokens` on a GPU: as many as `left` bytes hold."""
-    if policy != "all" or not sizes.whole or tokens < 1:
-        return 0
-    return max(0, min(sizes.layers, int(left / (tokens * sizes.all_bytes))))
-
-
 def layers_that_keep(
     policy: str, sizes: AttentionSizes, tokens: int, reach: int, free: int, left: int, light: int, host: int = 0
-) -> int:
-    """Layers that keep their attention in one forward on a GPU.
+) -> tuple[int, int]:
+    """(layers that keep everything, others that keep their attention) in one forward on a GPU.
 
     What was asked for ("attention", "both", "all" in layers that do not keep all) gets half of the free memory, and so
     does "auto" where attention is `WORTH` it. Where it is not, "auto" keeps it in whole layers only, in a quarter of
     the free memory, and in small micro-batches: one that is large without it stays as it is, also where memory is
-    plenty. "both" puts what whole layers keep into `HOST_SHARE` of the host's memory instead, and takes none of the
-    device's.
+    plenty. What all layers' attention leaves of that quarter goes to everything else, layer by layer. "all" keeps
+    everything in as many whole layers as `left` holds. "both" puts what whole layers keep of attention into
+    `HOST_SHARE` of the host's memory instead, and takes none of the device's.
 
     Args:
         tokens: of the forward. reach: the most keys that one of them sees.
@@ -82,11 +76,21 @@ def layers_that_keep(
         host: bytes of the host's memory that nobody has.
     """
     if policy not in KEEPING or tokens < 1:
-        return 0
-    room = HOST_SHARE * host if in_host(policy, sizes) else min(SHARE * free, left)
-    if policy == "auto" and sizes.share(reach) < WORTH:
+        return 0, 0
+    whole = _that_hold(sizes, left, tokens * sizes.all_bytes) if policy == "all" and sizes.whole else 0
+    room = HOST_SHARE * host if in_host(policy, sizes) else min(SHARE * free, left - whole * tokens * sizes.all_bytes)
+    spare = policy == "auto" and sizes.share(reach) < WORTH
+    if spare:
         room = min(PLENTY * free, left, light) if sizes.whole else 0
-    return max(0, min(sizes.layers, int(room / (tokens * sizes.bytes))))
+    attending = _that_hold(sizes, room, tokens * sizes.bytes)
+    if spare and attending == sizes.layers and sizes.rest:
+        whole = _that_hold(sizes, room - attending * tokens * sizes.bytes, tokens * 2 * sizes.rest)
+    return whole, min(attending, sizes.layers - whole)
+
+
+def _that_hold(sizes: AttentionSizes, room: float, each: int) -> int:
+    """How many layers of `each` bytes fit into `room`."""
+    return max(0, min(sizes.layers, int(room / each)))
 
 
 def in_host(policy: str, sizes: AttentionSizes) -> bool:

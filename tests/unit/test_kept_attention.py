@@ -13,7 +13,7 @@ from slothrl.fit_constants import card_bytes
 from slothrl.fit_memory import Settings, largest_micro_batch, predict
 from slothrl.fit_terms import adapter_bytes
 from slothrl.host_memory import free_of_host
-from slothrl.kept_attention import AttentionSizes, layers_that_keep, layers_that_keep_all, reserved_bytes
+from slothrl.kept_attention import AttentionSizes, layers_that_keep, reserved_bytes
 from slothrl.token_bytes import bytes_per_token, left_beside, left_of_light, tokens_that_fit
 from tests.gpu.fit_models import config_of
 from tests.traced import traced_peak
@@ -30,29 +30,35 @@ def llama():
 
 
 def test_sizes_by_hand():
-    assert (MODULES.bytes, WHOLE.bytes) == (2 * 4096 + 128, 20_608)
+    assert (MODULES.bytes, WHOLE.bytes, WHOLE.all_bytes) == (2 * 4096 + 128, 20_608, 86_144)
     assert MODULES.share(24_576) == pytest.approx(0.316, abs=1e-3)
 
 
 @pytest.mark.parametrize(
     ("policy", "given", "reach", "gigabytes", "layers"),
     [
-        ("auto", WHOLE, 2048, (70, 45, 9), 32),  # all of them: 5.8 GB
-        ("auto", WHOLE, 2048, (20, 15, 9), 27),  # a quarter of 20
-        ("auto", WHOLE, 2048, (70, 2, 9), 11),  # no more than the micro-batch leaves
-        ("auto", WHOLE, 2048, (70, 45, 3), 16),  # nor beyond the size of a large one
-        ("auto", WHOLE, 2048, (20, 0, 9), 0),
-        ("auto", MODULES, 2048, (70, 45, 9), 0),  # saving takes longer than it spares
-        ("auto", MODULES, 24_576, (20, 15, 0), 32),  # 2.3 GB, worth half of the memory
-        ("attention", MODULES, 2048, (4, 3, 0), 27),
-        ("attention", WHOLE, 2048, (4, 3, 0), 11),
-        ("both", MODULES, 2048, (4, 1, 0), 13),
-        ("layer", WHOLE, 99_999, (70, 70, 70), 0),
-        ("offload", WHOLE, 99_999, (70, 70, 70), 0),
+        ("auto", WHOLE, 2048, (70, 45, 9), (5, 27)),  # all of them: 5.7 GB; everything else of a layer: 569 MB
+        ("auto", WHOLE, 2048, (400, 300, 90), (32, 0)),
+        ("auto", WHOLE, 2048, (20, 15, 9), (0, 27)),  # a quarter of 20
+        ("auto", WHOLE, 2048, (70, 2, 9), (0, 11)),  # no more than the micro-batch leaves
+        ("auto", WHOLE, 2048, (70, 45, 3), (0, 16)),  # nor beyond the size of a large one
+        ("auto", WHOLE, 2048, (20, 0, 9), (0, 0)),
+        ("auto", MODULES, 2048, (70, 45, 9), (0, 0)),  # saving takes longer than it spares
+        ("auto", MODULES, 24_576, (20, 15, 0), (0, 32)),  # 2.3 GB, worth half of the memory
+        ("attention", MODULES, 2048, (4, 3, 0), (0, 27)),
+        ("attention", WHOLE, 2048, (4, 3, 0), (0, 11)),
+        ("both", MODULES, 2048, (4, 1, 0), (0, 13)),
+        ("layer", WHOLE, 99_999, (70, 70, 70), (0, 0)),
+        ("offload", WHOLE, 99_999, (70, 70, 70), (0, 0)),
+        ("all", WHOLE, 2048, (70, -1, 9), (0, 0)),  # 748 MB a layer
+        ("all", WHOLE, 2048, (70, 1, 9), (1, 1)),
+        ("all", WHOLE, 2048, (70, 10, 0), (13, 1)),
+        ("all", WHOLE, 2048, (70, 45, 0), (32, 0)),
+        ("all", MODULES, 2048, (4, 3, 0), (0, 27)),  # these keep attention
     ],
 )
 def test_layers_from_given_bytes(policy, given, reach, gigabytes, layers):
-    """A forward of 8,688 tokens: 72 MB a layer of modules, 179 MB a whole one."""
+    """A forward of 8,688 tokens: 72 MB a layer of modules, 179 MB a whole one, 748 MB of all that it computes."""
     free, left, light = (GB * count for count in gigabytes)
     assert layers_that_keep(policy, given, 8688, reach, free, left, light) == layers
 
@@ -60,7 +66,7 @@ def test_layers_from_given_bytes(policy, given, reach, gigabytes, layers):
 def test_whole_layers_in_the_host_s_memory():
     """A share of what is free there, and none of the device's; no budget leaves anything for it."""
     keep = partial(layers_that_keep, "both", WHOLE, 8688, 2048, 8 * GB, 0, 0)
-    assert [keep(host=gb * GB) for gb in (0, 4, 64)] == [0, 6, 32]
+    assert [keep(host=gb * GB) for gb in (0, 4, 64)] == [(0, 0), (0, 6), (0, 32)]
     assert reserved_bytes("both", WHOLE, 20_000, 60 * GB) == 0 < reserved_bytes("both", MODULES, 20_000, 60 * GB)
 
 
@@ -96,7 +102,8 @@ def test_what_auto_keeps_lowers_no_budget(llama):
         tokens = tokens_that_fit(free, config, True)
         assert reserved_bytes("auto", WHOLE, min(tokens, 20_000), free) == 0
         left = left_beside(free, config, tokens)
-        kept = layers_that_keep("auto", WHOLE, tokens, 1528, free, left, left_of_light(config, tokens))
+        whole, kept = layers_that_keep("auto", WHOLE, tokens, 1528, free, left, left_of_light(config, tokens))
+        assert whole == 0
         assert kept * tokens * WHOLE.bytes < 1024 * bytes_per_token(config, 2, True)  # tokens come in steps of 1,024
         assert (left > 20 * GB) is (gb == 80)
     # Of a group of 8 completions all layers keep it on a large card; of an 8B model's 20,480 tokens none does.
@@ -113,25 +120,16 @@ def test_fit_decides_as_the_trainer_does(llama):
     assert keeping_layers(llama, batch, settings, 70 * GB) == (0, 0)  # the default here: layer
     auto = replace(settings, activations="auto")
     assert largest_micro_batch(llama, auto, total) == batch
-    assert keeping_layers(llama, batch, auto, 70 * GB) == (0, 32)
+    assert keeping_layers(llama, batch, auto, 70 * GB) == (1, 31)
     assert keeping_layers(llama, batch, replace(auto, cuda=False), 70 * GB) == (0, 0)
     assert keeping_layers(llama, batch, replace(auto, checkpointing=False), 70 * GB) == (0, 0)
     more = predict(llama, auto, total)[-1].total - predict(llama, settings, total)[-1].total
-    assert more == 31 * batch.tokens * WHOLE.bytes  # the last layer's are there while it is computed again
+    # The last layer's attention is there while it is computed again; one of 32 keeps the rest too.
+    assert more == batch.tokens * (31 * WHOLE.bytes + 2 * WHOLE.rest)
     # Half of what is free for what was asked for, which then is missing for tokens.
     small = card_bytes(12)
     asked = replace(settings, activations="attention")
     assert largest_micro_batch(llama, asked, small).tokens < largest_micro_batch(llama, settings, small).tokens
-
-
-def test_all_of_a_layer_as_far_as_it_fits():
-    """A token of one layer: 20,608 bytes of attention and 65,536 of the rest; 8,688 tokens are 748 MB."""
-    assert WHOLE.all_bytes == 86_144
-    keep = partial(layers_that_keep_all, "all", WHOLE, 8688)
-    assert [keep(left) for left in (-1, 0, GB, 10 * GB, 70 * GB)] == [0, 0, 1, 13, 32]
-    assert layers_that_keep_all("attention", WHOLE, 8688, 70 * GB) == 0
-    assert layers_that_keep_all("all", MODULES, 8688, 70 * GB) == 0  # these keep attention
-    assert layers_that_keep("all", MODULES, 8688, 2048, 4 * GB, 3 * GB, 0) == 27
 
 
 def test_a_budget_for_all_of_a_layer(llama):
