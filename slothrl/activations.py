@@ -34,7 +34,7 @@ from slothrl.host_memory import free_of_host
 from slothrl.kept_attention import WORTH, AttentionSizes, layers_that_keep, reserved_bytes
 from slothrl.offload import HostMemory
 from slothrl.plan import Rows
-from slothrl.token_bytes import bytes_to_come, left_beside, left_of_light
+from slothrl.token_bytes import bytes_per_token, bytes_to_come, left_beside, left_of_light
 
 POLICIES = ("auto", "layer", "attention", "all", "offload", "both")
 _KEPT = "_slothrl_activations"
@@ -77,7 +77,10 @@ def release(model: nn.Module) -> None:
 def reserved_for_attention(model: nn.Module, tokens: int, free: int) -> int:
     """Bytes that a micro-batch's budget leaves for attention, for each of `tokens` tokens in one row, of `free`."""
     kept: Activations | None = vars(model).get(_KEPT)
-    return 0 if kept is None else reserved_bytes(kept.policy, kept.sizes, tokens, free)
+    if kept is None:
+        return 0
+    each = bytes_per_token(kept.layers[0].self_attn.config, 2, checkpointing=True)
+    return reserved_bytes(kept.policy, kept.sizes, tokens, free, each)
 
 
 def free_bytes(device: torch.device) -> int:

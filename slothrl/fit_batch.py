@@ -17,7 +17,7 @@ from slothrl.kept_attention import (
 )
 from slothrl.packing import Row, plan_micro_batches
 from slothrl.token_budget import CPU_TOKENS
-from slothrl.token_bytes import left_beside, left_of_light, tokens_that_fit
+from slothrl.token_bytes import bytes_per_token, left_beside, left_of_light, tokens_that_fit
 
 if TYPE_CHECKING:
     from slothrl.fit_memory import Settings
@@ -63,8 +63,11 @@ def budget(shape: Shape, settings: Settings, free: int) -> int:
         return CPU_TOKENS
     config = text_config(shape)
     tokens = tokens_that_fit(free, config, settings.checkpointing)
-    kept = reserved_bytes(settings.activations, sizes(shape, settings), tokens, free) if settings.checkpointing else 0
-    return tokens_that_fit(free, config, settings.checkpointing, kept)
+    if not settings.checkpointing:
+        return tokens
+    each = bytes_per_token(config, 2, checkpointing=True)
+    kept = reserved_bytes(settings.activations, sizes(shape, settings), tokens, free, each)
+    return tokens_that_fit(free, config, True, kept)
 
 
 def keeping_layers(shape: Shape, batch: MicroBatch, settings: Settings, free: int) -> tuple[int, int]:

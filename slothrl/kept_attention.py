@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slothrl.token_bytes import USABLE
-
 KEEPING = ("auto", "attention", "both", "all")  # policies of `slothrl.activations` under which any layer does
 WORTH = 0.3  # of a layer's forward FLOPs: 24K tokens of Llama-3-8B; below, single modules save less than saving takes
 SHARE = 0.5  # of the free memory, for what was asked for or is worth it
 HOST_SHARE = (
     0.3  # of the host's free memory: torch rounds each pinned piece up to a power of two, to twice that at most
 )
-ENOUGH = 8192  # tokens of a micro-batch: a larger one is faster by 2 %, and nothing computed again by 15 (8B, H100)
+ENOUGH = 4096  # tokens of a micro-batch: twice as many are faster by 3 %, and nothing computed again by 15 (8B, H100)
 PLENTY = 0.25  # of the free memory, for what is only a few per cent of a step and takes none away from anything else
 
 
@@ -98,18 +96,18 @@ def in_host(policy: str, sizes: AttentionSizes) -> bool:
     return policy == "both" and sizes.whole
 
 
-def reserved_bytes(policy: str, sizes: AttentionSizes, tokens: int, free: int) -> int:
+def reserved_bytes(policy: str, sizes: AttentionSizes, tokens: int, free: int, each: int = 0) -> int:
     """Bytes a token that the budget of a micro-batch leaves for attention: what was asked for, or may be worth it when
     all tokens are one sequence. What "auto" keeps beyond that is memory that nobody wants, and lowers no budget.
 
-    For all that layers compute ("all") it is left as far as `ENOUGH` tokens still fit: b bytes a token and T tokens
-    that b (1/T' - 1/T) T more leave T' of.
+    For all that layers compute ("all") it is left as far as `ENOUGH` tokens still fit: (T / T' - 1) b more a token
+    leave T' of T tokens.
 
     Args:
-        tokens: as many as fit without (T). free: bytes of the device.
+        tokens: as many as fit without (T). free: bytes of the device. each: a token's without (b).
     """
     if policy == "all" and sizes.whole:
-        return max(0, min(sizes.layers * sizes.all_bytes, int(USABLE * free * (1 / min(tokens, ENOUGH) - 1 / tokens))))
+        return min(sizes.layers * sizes.all_bytes, int((tokens / min(tokens, ENOUGH) - 1) * each))
     if policy not in KEEPING or in_host(policy, sizes) or (policy == "auto" and sizes.share(tokens) < WORTH):
         return 0
     return min(sizes.layers, int(SHARE * free / (tokens * sizes.bytes))) * sizes.bytes

@@ -133,13 +133,13 @@ def test_fit_decides_as_the_trainer_does(llama):
 
 
 def test_a_budget_for_all_of_a_layer(llama):
-    """All that 32 layers compute where that leaves 8,192 tokens, else as much as leaves these; small cards nothing."""
+    """All that 32 layers compute where that leaves 4,096 tokens, else as much as leaves these; small cards nothing."""
     config, tokens, reserved = text_config(llama), [], []
     for gb in (3, 10, 17, 73):
         fits = tokens_that_fit(gb * GB, config, True)
-        reserved.append(reserved_bytes("all", WHOLE, fits, gb * GB))
+        reserved.append(reserved_bytes("all", WHOLE, fits, gb * GB, bytes_per_token(config, 2, True)))
         tokens.append(tokens_that_fit(gb * GB, config, True, reserved[-1]))
-    assert tokens == [2048, 7168, 7168, 16_384]
+    assert tokens == [2048, 4096, 4096, 16_384]
     assert reserved[0] == 0 < reserved[1] < reserved[2] < reserved[3] == 32 * WHOLE.all_bytes
 
 
