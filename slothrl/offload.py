@@ -49,6 +49,10 @@ class HostMemory:
         self._pools: dict[torch.device, PinnedPool | None] = {}
         self._leaving: deque[Leaving] = deque()
 
+    def __deepcopy__(self, memo: dict) -> HostMemory:
+        """A copy of the model has memory and streams of its own."""
+        return memo.setdefault(id(self), HostMemory(self.layers, self.smallest, self._streams))
+
     def begin(self) -> None:
         """A new forward; what an earlier one left is held by its own graph, for as long as there is one."""
         self.waiting = {}

@@ -1,5 +1,6 @@
 """What layers keep in the host's memory, with copies that run as late as their events allow: on a GPU they may."""
 
+import copy
 import gc
 from functools import partial
 from weakref import ref
@@ -135,6 +136,9 @@ def test_other_sizes_take_other_blocks(tokens, nbytes):
 
 def test_two_graphs_in_any_order():
     host = late()
+    Graph(host, 5).backward()
+    host = copy.deepcopy(host)
+    assert not host._pools and (host.layers, host.smallest) == (LAYERS, 1)
     first, second = Graph(host, 0), Graph(host, 1, tokens=9)
     first.backward()
     second.backward()
