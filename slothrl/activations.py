@@ -31,7 +31,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from slothrl.fuse_layer import Direct, fused_layer, is_plain_checkpoint
 from slothrl.host_memory import free_of_host
-from slothrl.kept_attention import WORTH, AttentionSizes, layers_that_keep, reserved_bytes
+from slothrl.kept_attention import WORTH, AttentionSizes, in_host, layers_that_keep, reserved_bytes
 from slothrl.offload import HostMemory
 from slothrl.plan import Rows
 from slothrl.token_bytes import bytes_per_token, bytes_to_come, left_beside, left_of_light
@@ -130,14 +130,15 @@ class Activations:
         if device.type != "cuda":
             whole = count if self.policy == "all" and sizes.whole else 0
             return whole, count - whole if self.policy in ("attention", "both", "all") else 0
-        free = free_bytes(device) - bytes_to_come(self.trained)
         config = self.layers[0].self_attn.config
+        if self.host is not None and in_host(self.policy, sizes):
+            pinned = self.host.spare(tokens * (sizes.bytes + 2 * config.hidden_size))
+            if len(pinned) >= count - 1:  # of an earlier forward; the last layer's stays
+                return 0, count
+            return layers_that_keep(self.policy, sizes, tokens, reach, 0, 0, 0, free_of_host() + sum(pinned))
+        free = free_bytes(device) - bytes_to_come(self.trained)
         left, light = left_beside(free, config, tokens), left_of_light(config, tokens)
-        return layers_that_keep(self.policy, sizes, tokens, reach, free, left, light, self._host_bytes())
-
-    def _host_bytes(self) -> int:
-        """What nobody has, and what an earlier forward had of it: torch's host allocator keeps that for the next."""
-        return 0 if self.host is None else free_of_host() + self.host.most
+        return layers_that_keep(self.policy, sizes, tokens, reach, free, left, light)
 
     @property
     def sizes(self) -> AttentionSizes:
@@ -167,8 +168,8 @@ class _Checkpoint:
             keep = "all" if self.index < activations.whole else "attention"
         host, fused = activations.host, fused_layer(activations.layers[self.index])
         if host is not None and keep == "attention":
-            keeper = host.keeper(self.index)
-        with nullcontext() if host is None else host.taking(self.index):
+            keeper = host.keeper(self.index, args[0] if args and isinstance(args[0], Tensor) else None)
+        with nullcontext() if host is None else host.taking(self.index, keeper):
             for result in fused.run(function, args, keep, keeper) if fused else ():
                 return result
             return self.theirs(function, *args, **options)

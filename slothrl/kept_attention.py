@@ -7,9 +7,7 @@ from dataclasses import dataclass
 KEEPING = ("auto", "attention", "both", "all")  # policies of `slothrl.activations` under which any layer does
 WORTH = 0.3  # of a layer's forward FLOPs: 24K tokens of Llama-3-8B; below, single modules save less than saving takes
 SHARE = 0.5  # of the free memory, for what was asked for or is worth it
-HOST_SHARE = (
-    0.3  # of the host's free memory: torch rounds each pinned piece up to a power of two, to twice that at most
-)
+HOST_SHARE = 0.3  # of the host's free memory: pinned pieces are powers of two, up to twice what is in them
 ENOUGH = 4096  # tokens of a micro-batch: twice as many are faster by 3 %, and nothing computed again by 15 (8B, H100)
 PLENTY = 0.25  # of the free memory, for what is only a few per cent of a step and takes none away from anything else
 
