@@ -156,15 +156,18 @@ def fused_mlp_bytes(shape: Shape, batch: MicroBatch, width: int, quantized: bool
 def graphed_bytes(shape: Shape, batch: MicroBatch, route: Route) -> int:
     """What CUDA graphs of fused layers hold, one layer at a time (`slothrl_kernels.layer_frame`): their frame,
 
-        e (3h + 2q + 2v)   the layer's input, q k v, attention's output, the layer's output, a gradient; with norms of q
-                           and k another e (q + 2v); without checkpointing e (h + 2m) for what goes in and out, and
-                           e 2h where each sum has a norm before it
+        e (3h + 2q + 2v)         the layer's input, q k v, attention's output, the layer's output, a gradient; with
+                                 norms of q and k another e (q + 2v)
+        e (3h + 3q + 2v + 3r)    without checkpointing: attention's output, the gradients of that, of q k v, of the
+                                 output and after attention, the output; e (h + r) where each sum has a norm before it
+        e (h + r) L              likewise, in every layer: its input once more; all else it would keep anyway
 
     a token, and a pool of their own for what a recorded step holds at its fullest, `fused_mlp_bytes`.
     """
-    h, q, v = shape.hidden, shape.query, shape.key_value
+    h, q, v, r = shape.hidden, shape.query, shape.key_value, -(-shape.rank // 8) * 8
     per_token = 3 * h + 2 * q + 2 * v + (q + 2 * v if shape.head_norms else 0)
-    per_token += 0 if route.checkpointing else (3 if shape.norms == 4 else 1) * h + 2 * shape.mlp
+    if not route.checkpointing:
+        per_token = 3 * h + 3 * q + 2 * v + 3 * r + (h + r) * (shape.layers + (shape.norms == 4))
     frame = batch.tokens * route.width * per_token
     return frame + fused_mlp_bytes(shape, batch, route.width, route.quantized)
 

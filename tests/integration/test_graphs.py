@@ -8,8 +8,8 @@ import warnings
 
 import pytest
 import torch
-from slothrl_kernels.graphed_layer import bucket
 from slothrl_kernels.layer_recorder import Rerun
+from slothrl_kernels.recorded_layer import bucket
 from test_fuse import IDS, NF4, adapted, assert_same, folders, gradients_of, random_b, step  # noqa: F401
 from test_fuse_layer import Launches, checkpointed
 from test_packed_model import assert_same as assert_same_pack

@@ -1,0 +1,106 @@
+"""`graphed_layer` for a layer that keeps all: in buffers of its own, where the backward's steps read it.
+
+Attention's inputs are there too, and its graph holds views of them. What remains to be copied is the layer's input,
+its output and their gradients: autograd's tensors are elsewhere every time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from slothrl_kernels.decoder_layer import _backward, _Kept, _versions
+from slothrl_kernels.kept_steps import turns_inside
+from slothrl_kernels.layer_attention import Attended, attend_backward, attention, attention_backward
+from slothrl_kernels.layer_own import Own
+from slothrl_kernels.layer_parts import LayerParts
+from slothrl_kernels.lora_flat import adapters_in, gradient_of_a, views_of_gradients
+from slothrl_kernels.recorded_layer import Recorded, addresses
+
+
+def kept_layer(x: Tensor, parts: LayerParts, recorded: Recorded, save: bool) -> Tensor:
+    """`graphed_layer` by a recording with buffers of its own, which nobody has a lease of; arguments as there."""
+    return _KeptLayer.apply(x, parts, recorded, save, *parts.adapters())  # pyright: ignore
+
+
+class _KeptLayer(torch.autograd.Function):
+    """(x, parts, recorded, save, A and B of every projection) -> y."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, parts: LayerParts, recorded: Recorded, save: bool, *adapters: Tensor | None
+    ) -> Tensor:
+        frame, own, follows = recorded.frame, own_of(recorded), any(ctx.needs_input_grad)
+        own.fill("x", x.reshape(-1, x.size(-1)))
+        frame.set_tables(parts.tables, x.shape)
+        recorded.before()
+        attended = attention(own.turned(x.shape, parts), parts, follows)
+        frame.fill("rows", attended.rows)
+        recorded.after()
+        frame.wrote(recorded.rows, "state")
+        if follows:
+            ctx.kept, ctx.lease = attended, own.lend()
+            ctx.parts, ctx.recorded, ctx.versions = parts, recorded, _versions(adapters)
+            ctx.held = None if save else x  # a second backward begins with it
+            ctx.save_for_backward(x if save else None)
+        return frame.rows("state", x.size(0) * x.size(1)).clone().view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *to_y: Tensor) -> tuple:
+        x = ctx.saved_tensors[0] if ctx.held is None else ctx.held
+        attended, lease, parts = ctx.kept, ctx.lease, ctx.parts
+        ctx.kept = ctx.lease = None  # they serve once; the lease is over when this returns
+        if _versions(parts.adapters()) != ctx.versions:
+            raise RuntimeError("an adapter was written to between the forward and its backward")
+        to_rows = to_y[0].reshape(-1, x.size(-1))
+        with torch.autocast(x.device.type, enabled=False):
+            if lease is None:  # a second backward
+                to_x, found = _backward(x, to_rows, parts, _Kept())
+            elif ctx.recorded.addresses != addresses(parts):  # since the forward: what was kept serves all the same
+                to_x, found = _backward(x, to_rows, parts, _kept_in(ctx.recorded, attended, to_rows.size(0)))
+            else:
+                to_x, found = _replayed(x.shape, to_rows, parts, ctx.recorded, attended)
+        return to_x.view(x.shape), None, None, None, *found
+
+
+def _replayed(
+    shape: torch.Size, to_y: Tensor, parts: LayerParts, recorded: Recorded, attended: Attended
+) -> tuple[Tensor, list[Tensor | None]]:
+    """dx (M, h) and the adapters' gradients, as `decoder_layer`'s backward gives them, as tensors of their own."""
+    frame, rows, tokens = recorded.frame, recorded.rows, to_y.size(0)
+    frame.set_tables(parts.tables, shape)
+    frame.fill("to_y" if parts.after is None else "state", to_y)
+    recorded.middle()
+    of_a = frame.view(("o's A",), lambda: adapters_in(parts.groups, frame.found)[1].a)
+    if of_a is not None:
+        to_xa = frame.right("to_u" if parts.after is None else "to_o", tokens, shape[-1])
+        gradient_of_a([parts.o], of_a, to_xa, attended.rows)
+    to_out, to_qkv = frame.rows("to_rows", tokens), frame.rows("to_qkv", tokens)
+    if turns_inside(rows):
+        attention_backward(to_out, attended, to_qkv)
+    else:
+        attend_backward(to_out, attended, shape, parts, to_qkv)
+    frame.end("to_qkv", tokens)
+    recorded.last()
+    frame.wrote(rows, "state")
+    found = frame.found.to(_dtype_of(parts), copy=True)  # one copy of all: what autograd keeps is nobody else's
+    return frame.rows("state", tokens).clone(), views_of_gradients(parts.groups, found)
+
+
+def _kept_in(recorded: Recorded, attended: Attended, tokens: int) -> _Kept:
+    names = ("u", "inner") if recorded.parts.after is None else ("u", "inner", "of_o", "of_down")
+    return _Kept(None, attended, *(own_of(recorded).rows(name, tokens) for name in names))
+
+
+def own_of(recorded: Recorded) -> Own:
+    assert recorded.own is not None
+    return recorded.own
+
+
+def _dtype_of(parts: LayerParts) -> torch.dtype:
+    """Of the adapters: all are of one dtype where a layer is recorded."""
+    return next(t.dtype for t in parts.adapters() if t is not None)

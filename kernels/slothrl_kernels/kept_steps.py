@@ -1,0 +1,126 @@
+"""`LayerSteps` of a decoder layer that keeps all: what the backward needs stays where the forward's steps wrote it.
+
+    before   x -> q, k, v                          and the adapters' values, for all steps
+    after    x, attention's output -> y
+    middle   dy -> the gradient of attention's output, the one after attention, those of o's B, gate, up and down
+    last     the gradients of what the projections gave -> dx, and the gradients of q, k and v's adapters
+
+The gradient of o's A is its caller's: it takes attention's output, which is where attention put it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slothrl_kernels.decoder_layer import _norm_backward, _normed, _whole_backward
+from slothrl_kernels.glu import glu_forward
+from slothrl_kernels.layer_attention import heads_of, turn_back
+from slothrl_kernels.layer_frame import Frame
+from slothrl_kernels.layer_own import Own
+from slothrl_kernels.layer_parts import LayerParts
+from slothrl_kernels.layer_residual import add_onto, gradient_of_made
+from slothrl_kernels.layer_steps import not_here
+from slothrl_kernels.lora_flat import AdapterGradients, adapter_values, adapters_in
+from slothrl_kernels.lora_group import LoraOnto
+from slothrl_kernels.qk_norm_rope import qk_norm_rope_forward
+from slothrl_kernels.rope import rope_turn
+
+APART = 2048  # rows from which on a pass over q and k costs more than a launch
+
+
+class KeptSteps:
+    """One layer's steps over `count` rows.
+
+    Args:
+        parts: the layer, which keeps all; its attention and tables are not looked at, the frame's tables are.
+        frame: of such layers, with at least `count` rows. own: this layer's, likewise.
+
+    turns: whether `last` turns the gradients of q and k back; else it finds them turned.
+    """
+
+    def __init__(self, parts: LayerParts, frame: Frame, own: Own, count: int) -> None:
+        tables = parts.tables and (frame.rows("cos", count)[None], frame.rows("sin", count)[None])
+        self.parts = parts._replace(tables=tables, attend=not_here, keeper=None)
+        self.frame, self.own, self.count = frame, own, count
+        self.turns = turns_inside(count)
+        self.x = own.rows("x", count)
+        self.hidden = self.x.size(1)
+        self.shape = torch.Size((1, count, self.hidden))
+        self.values = adapters_in(parts.groups, own.values)
+        self.gradients = AdapterGradients(parts.groups, self.x, frame.found).found
+
+    def before(self) -> None:
+        x, parts = self.x, self.parts
+        adapter_values(parts.groups, x, self.own.values)
+        normed = _normed(x, parts.first, parts.qkv, self.values[0], parts)
+        qkv = normed.group.forward(normed.both, out=self.own.rows("qkv", self.count))
+        q, k, _ = heads_of(qkv, self.shape, parts)
+        if parts.norms is not None and parts.tables is not None:
+            turned = self.own.turned(self.shape, parts)
+            given = (*parts.norms, *parts.tables, parts.norm, parts.impl)
+            qk_norm_rope_forward(q, k, *given, (turned.q, turned.k))
+        elif parts.tables is not None:
+            rope_turn(q, k, *parts.tables, in_place=True, impl=parts.impl)
+
+    def after(self) -> None:
+        own, parts, count = self.own, self.parts, self.count
+        onto, rows = self._onto(parts.o, 1), self.frame.rows("rows", count)
+        u, of_o = add_onto(onto, rows, self.x, parts.after_o(), parts.impl, own.rows("u", count))
+        if onto.rank:
+            own.rows("shrunk", count).copy_(rows[:, onto.inputs :])
+        normed = _normed(u, parts.second, parts.inner, self.values[2], parts)
+        down = self._onto(parts.down, 3)
+        both = down.input_buffer(count)
+        gate, up = normed.group.forward(normed.both, out=own.rows("inner", count)).chunk(2, 1)
+        glu_forward(gate, up, parts.activation, parts.impl, both[:, : down.inputs])
+        del normed
+        of_down = add_onto(down, both, u, parts.after_down(), parts.impl, self.frame.rows("state", count)).made
+        if of_o is not None and of_down is not None:
+            own.rows("of_o", count).copy_(of_o)
+            own.rows("of_down", count).copy_(of_down)
+
+    def middle(self) -> None:
+        parts, count, hidden = self.parts, self.count, self.hidden
+        to_u = to_o = self.frame.rows("to_u", count)  # [du | du B]
+        self._mlp_backward(to_u[:, :hidden])
+        if parts.after is not None:
+            to_o, of_o = self.frame.rows("to_o", count), self.own.rows("of_o", count)
+            gradient_of_made(to_u[:, :hidden], of_o, parts.after[0], to_o[:, :hidden], parts.impl)
+        onto, b = self._onto(parts.o, 1), self.gradients[1].b[0]
+        onto.expand_into(to_o)
+        if b is not None:
+            torch.mm(to_o[:, :hidden].T, self.own.rows("shrunk", count)[:, : parts.o.rank], out=b)
+        onto.times_weight(to_o, self.frame.rows("to_rows", count))
+
+    def last(self) -> None:
+        x, parts, to_qkv = self.x, self.parts, self.frame.rows("to_qkv", self.count)
+        if self.turns:
+            raw = None if parts.norms is None else self.own.rows("qkv", self.count)
+            turn_back(to_qkv, raw, self.shape, parts)
+        normed = _normed(x, parts.first, parts.qkv, self.values[0], parts)
+        normed.group.shrink_into(normed.both)
+        to_n, to_xa = normed.group.input_gradient(to_qkv)
+        normed.group.parameter_gradients(normed.both, to_xa, to_qkv, self.gradients[0])
+        to_u = self.frame.rows("to_u", self.count)[:, : self.hidden]
+        _norm_backward(to_n, to_u, x, normed.r, parts.first, parts, self.frame.rows("state", self.count))
+
+    def _mlp_backward(self, out: Tensor) -> None:
+        """du (M, h) into `out`; over gate and up, which serve once."""
+        own, parts, count = self.own, self.parts, self.count
+        u, down, upstream = own.rows("u", count), self._onto(parts.down, 3), self.frame.rows("to_y", count)
+        normed = _normed(u, parts.second, parts.inner, self.values[2], parts)
+        to_y = upstream[:, : self.hidden]
+        if parts.after is not None:
+            to_made, to_y = to_y, self.frame.rows("state", count)
+            gradient_of_made(to_y, own.rows("of_down", count), parts.after[1], to_made, parts.impl)
+        to_n = _whole_backward(normed, down, upstream, parts, own.rows("inner", count), self.gradients[2:])
+        _norm_backward(to_n, to_y, u, normed.r, parts.second, parts, out)
+
+    def _onto(self, projection, place: int) -> LoraOnto:
+        return LoraOnto(projection, self.values[place], self.x, self.parts.impl)
+
+
+def turns_inside(rows: int) -> bool:
+    """Whether the steps over so many rows turn q and k's gradients back themselves."""
+    return rows < APART
