@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slothrl_kernels.decoder_layer import _backward, _Kept, _versions
-from slothrl_kernels.kept_steps import turns_inside
+from slothrl_kernels.decoder_layer import _backward, _Kept, _norm_backward, _versions
+from slothrl_kernels.kept_steps import ends_apart
 from slothrl_kernels.layer_attention import Attended, attend_backward, attention, attention_backward
+from slothrl_kernels.layer_frame import gives_apart
 from slothrl_kernels.layer_own import Own
 from slothrl_kernels.layer_parts import LayerParts
 from slothrl_kernels.lora_flat import adapters_in, gradient_of_a, views_of_gradients
@@ -46,7 +47,7 @@ class _KeptLayer(torch.autograd.Function):
             ctx.parts, ctx.recorded, ctx.versions = parts, recorded, _versions(adapters)
             ctx.held = None if save else x  # a second backward begins with it
             ctx.save_for_backward(x if save else None)
-        return frame.rows("state", x.size(0) * x.size(1)).clone().view(x.shape)
+        return _output(recorded, x.size(0) * x.size(1)).view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -80,15 +81,34 @@ def _replayed(
         to_xa = frame.right("to_u" if parts.after is None else "to_o", tokens, shape[-1])
         gradient_of_a([parts.o], of_a, to_xa, attended.rows)
     to_out, to_qkv = frame.rows("to_rows", tokens), frame.rows("to_qkv", tokens)
-    if turns_inside(rows):
-        attention_backward(to_out, attended, to_qkv)
-    else:
+    if ends_apart(rows):
         attend_backward(to_out, attended, shape, parts, to_qkv)
+    else:
+        attention_backward(to_out, attended, to_qkv)
     frame.end("to_qkv", tokens)
     recorded.last()
     frame.wrote(rows, "state")
     found = frame.found.to(_dtype_of(parts), copy=True)  # one copy of all: what autograd keeps is nobody else's
-    return frame.rows("state", tokens).clone(), views_of_gradients(parts.groups, found)
+    return _input_gradient(recorded, parts, tokens), views_of_gradients(parts.groups, found)
+
+
+def _output(recorded: Recorded, tokens: int) -> Tensor:
+    """y (M, h) in memory of its own, after `KeptSteps.after`."""
+    frame = recorded.frame
+    if ends_apart(recorded.rows) and gives_apart(recorded.parts):
+        u, product = own_of(recorded).rows("u", tokens), frame.rows("product", tokens)
+        return torch.addmm(u, product, frame.view(("joined",), lambda: frame.joined.T))
+    return frame.rows("state", tokens).clone()
+
+
+def _input_gradient(recorded: Recorded, parts: LayerParts, tokens: int) -> Tensor:
+    """dx (M, h) in memory of its own, after `KeptSteps.last`."""
+    frame = recorded.frame
+    if not ends_apart(recorded.rows):
+        return frame.rows("state", tokens).clone()
+    x = own_of(recorded).rows("x", tokens)
+    to_n, to_u = (frame.left(name, tokens, x.size(1)) for name in ("to_n", "to_u"))
+    return _norm_backward(to_n, to_u, x, frame.scale[:tokens], parts.first, parts)
 
 
 def _kept_in(recorded: Recorded, attended: Attended, tokens: int) -> _Kept:

@@ -5,7 +5,9 @@
     middle   dy -> the gradient of attention's output, the one after attention, those of o's B, gate, up and down
     last     the gradients of what the projections gave -> dx, and the gradients of q, k and v's adapters
 
-The gradient of o's A is its caller's: it takes attention's output, which is where attention put it.
+Their caller computes the gradient of o's A: it takes attention's output, which is where attention put it. And over many
+rows (`ends_apart`) what is at the steps' ends, where a copy would cost more than a launch: the output, the gradients of
+q and k before norms and rotation, dx.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 from slothrl_kernels.decoder_layer import _norm_backward, _normed, _whole_backward
 from slothrl_kernels.glu import glu_forward
 from slothrl_kernels.layer_attention import heads_of, turn_back
-from slothrl_kernels.layer_frame import Frame
+from slothrl_kernels.layer_frame import Frame, gives_apart
 from slothrl_kernels.layer_own import Own
 from slothrl_kernels.layer_parts import LayerParts
 from slothrl_kernels.layer_residual import add_onto, gradient_of_made
@@ -26,7 +28,7 @@ from slothrl_kernels.lora_group import LoraOnto
 from slothrl_kernels.qk_norm_rope import qk_norm_rope_forward
 from slothrl_kernels.rope import rope_turn
 
-APART = 2048  # rows from which on a pass over q and k costs more than a launch
+APART = 2048  # rows from which on a pass over them costs more than a launch
 
 
 class KeptSteps:
@@ -35,15 +37,13 @@ class KeptSteps:
     Args:
         parts: the layer, which keeps all; its attention and tables are not looked at, the frame's tables are.
         frame: of such layers, with at least `count` rows. own: this layer's, likewise.
-
-    turns: whether `last` turns the gradients of q and k back; else it finds them turned.
     """
 
     def __init__(self, parts: LayerParts, frame: Frame, own: Own, count: int) -> None:
         tables = parts.tables and (frame.rows("cos", count)[None], frame.rows("sin", count)[None])
         self.parts = parts._replace(tables=tables, attend=not_here, keeper=None)
         self.frame, self.own, self.count = frame, own, count
-        self.turns = turns_inside(count)
+        self.apart = ends_apart(count)
         self.x = own.rows("x", count)
         self.hidden = self.x.size(1)
         self.shape = torch.Size((1, count, self.hidden))
@@ -71,10 +71,15 @@ class KeptSteps:
             own.rows("shrunk", count).copy_(rows[:, onto.inputs :])
         normed = _normed(u, parts.second, parts.inner, self.values[2], parts)
         down = self._onto(parts.down, 3)
-        both = down.input_buffer(count)
+        apart = self.apart and gives_apart(parts)
+        both = self.frame.rows("product", count) if apart else down.input_buffer(count)
         gate, up = normed.group.forward(normed.both, out=own.rows("inner", count)).chunk(2, 1)
         glu_forward(gate, up, parts.activation, parts.impl, both[:, : down.inputs])
         del normed
+        if apart:
+            down.shrink_into(both)
+            down.joined(self.frame.joined)
+            return
         of_down = add_onto(down, both, u, parts.after_down(), parts.impl, self.frame.rows("state", count)).made
         if of_o is not None and of_down is not None:
             own.rows("of_o", count).copy_(of_o)
@@ -95,13 +100,17 @@ class KeptSteps:
 
     def last(self) -> None:
         x, parts, to_qkv = self.x, self.parts, self.frame.rows("to_qkv", self.count)
-        if self.turns:
+        if not self.apart:
             raw = None if parts.norms is None else self.own.rows("qkv", self.count)
             turn_back(to_qkv, raw, self.shape, parts)
         normed = _normed(x, parts.first, parts.qkv, self.values[0], parts)
         normed.group.shrink_into(normed.both)
-        to_n, to_xa = normed.group.input_gradient(to_qkv)
+        out = self.frame.rows("to_n", self.count) if self.apart else None
+        to_n, to_xa = normed.group.input_gradient(to_qkv, out)
         normed.group.parameter_gradients(normed.both, to_xa, to_qkv, self.gradients[0])
+        if self.apart:
+            self.frame.scale[: self.count].copy_(normed.r)
+            return
         to_u = self.frame.rows("to_u", self.count)[:, : self.hidden]
         _norm_backward(to_n, to_u, x, normed.r, parts.first, parts, self.frame.rows("state", self.count))
 
@@ -121,6 +130,6 @@ class KeptSteps:
         return LoraOnto(projection, self.values[place], self.x, self.parts.impl)
 
 
-def turns_inside(rows: int) -> bool:
-    """Whether the steps over so many rows turn q and k's gradients back themselves."""
-    return rows < APART
+def ends_apart(rows: int) -> bool:
+    """Whether what is at the ends of steps over so many rows is left to their caller."""
+    return rows >= APART

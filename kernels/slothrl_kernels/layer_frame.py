@@ -29,7 +29,8 @@ def frame_widths(parts: LayerParts, x: Tensor) -> dict[str, int]:
 
     Of layers that keep all: rows beside its rank products, as o takes it, to_rows its gradient; to_y the output's
     gradient beside its products, as down takes it (where a norm follows, what that makes of the one in state); to_u
-    likewise for o (to_o where a norm follows); to_qkv; state.
+    likewise for o (to_o where a norm follows); to_qkv; to_n the first norm's, beside the products; product what goes
+    into down, beside its products, where `gives_apart`; state.
     """
     hidden, wide = x.size(-1), parts.heads * parts.width
     qkv = wide + 2 * parts.kv_heads * parts.width
@@ -37,6 +38,8 @@ def frame_widths(parts: LayerParts, x: Tensor) -> dict[str, int]:
         onto_o, onto_down = (hidden + rank_of((p,)) for p in (parts.o, parts.down))
         widths = {"rows": wide + rank_of((parts.o,)), "to_rows": wide, "to_qkv": qkv, "state": hidden}
         widths |= {"to_y": onto_down, "to_u": onto_o} | ({} if parts.after is None else {"to_o": onto_o})
+        widths["to_n"] = hidden + rank_of(parts.qkv)
+        widths |= {"product": _into_down(parts)} if gives_apart(parts) else {}
     else:
         widths = {"x": hidden, "qkv": qkv, "rows": wide, "state": hidden, "to_u": hidden}
         widths |= {} if parts.norms is None else {"turned": qkv}
@@ -109,8 +112,10 @@ class Buffers:
 
 
 class Frame(Buffers):
-    """The buffers of `frame_widths`, and `found`: a layer's adapter gradients, in the adapters' dtype; in that of the
-    computation where layers keep all.
+    """The buffers of `frame_widths`, and `found`: a layer's adapter gradients, in the adapters' dtype.
+
+    Where layers keep all: `found` in the computation's dtype; `scale` (capacity,) what the first norm divided by, as
+    `rms_norm_forward` returns it; `joined` [W | B] of down (h, F + R), where its output may be `gives_apart`.
 
     Args:
         capacity: rows.
@@ -122,14 +127,16 @@ class Frame(Buffers):
         self.key = frame_key(parts, x)
         counts = [AdapterGradients([group], x.new_empty(0)).places.count for group in parts.groups]
         self.first, (dtype,) = counts[0], adapter_dtypes(parts)
-        dtype = x.dtype if parts.keep == "all" else dtype
-        self.found = torch.zeros(sum(counts), dtype=dtype, device=x.device)  # of q, k and v first
+        whole = parts.keep == "all"
+        self.found = x.new_zeros(sum(counts), dtype=x.dtype if whole else dtype)  # of q, k and v first
+        self.scale = x.new_zeros(capacity if whole else 0, dtype=torch.promote_types(x.dtype, torch.float32))
+        self.joined = x.new_zeros(x.size(-1), _into_down(parts) if whole and gives_apart(parts) else 0)
         self._tables: tuple[Tensor, Tensor] | None = None
         self._seen: list[Any] = []
 
     @property
     def nbytes(self) -> int:
-        return self.found.nbytes + super().nbytes
+        return self.found.nbytes + self.scale.nbytes + self.joined.nbytes + super().nbytes
 
     def clear(self) -> None:
         super().clear()
@@ -153,6 +160,16 @@ def frame_key(parts: LayerParts, x: Tensor) -> tuple:
     """Equal for layers that can use one frame."""
     sizes = tuple((p.rank, *p.weight.shape) for p in parts.projections)
     return (x.dtype, x.device, adapter_dtypes(parts), sizes, tuple(frame_widths(parts, x).items()))
+
+
+def gives_apart(parts: LayerParts) -> bool:
+    """Whether a layer's output is one GEMM onto its residual, of a weight that is unpacked before."""
+    down = parts.down
+    return not isinstance(down.weight, Tensor) and down.bias is None and parts.after is None
+
+
+def _into_down(parts: LayerParts) -> int:
+    return parts.down.weight.shape[1] + rank_of((parts.down,))
 
 
 def adapter_dtypes(parts: LayerParts) -> tuple[torch.dtype, ...]:

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from slothrl_kernels import kept_steps
 from slothrl_kernels.decoder_layer import decoder_layer
 from slothrl_kernels.graphed_layer import graphed_layer
 from slothrl_kernels.layer_frame import Frame
@@ -36,9 +37,9 @@ def played(rows):
     return call
 
 
-@pytest.mark.parametrize("keep", ["input", "attention", "all"])
+@pytest.mark.parametrize("keep", ["input", "attention", "all", "all, ends apart"])
 @pytest.mark.parametrize("shape", LAYERS)
-def test_a_layer_to_the_bit(shape, keep):
+def test_a_layer_to_the_bit(shape, keep, monkeypatch):
     """The same kernels over the same numbers of rows; attention in plain torch, which adds up in one order.
 
     What keeps all has o's rank products from its forward, whose GEMM reads rows at another distance: the gradient of
@@ -46,6 +47,9 @@ def test_a_layer_to_the_bit(shape, keep):
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    if keep.endswith("apart"):
+        monkeypatch.setattr(kept_steps, "APART", 1)
+        keep = "all"
     layer, group = layer_of(shape, keep)
     x = torch.randn(
         TOKENS, LAYERS[shape][0], device="cuda", generator=torch.Generator("cuda").manual_seed(7)
@@ -58,10 +62,12 @@ def test_a_layer_to_the_bit(shape, keep):
         assert torch.equal(a, b) or (keep == "all" and i == OF_O_B and apart < CLOSE / 10), (i, apart)
 
 
+@pytest.mark.parametrize("keep", ["input", "all"])
 @pytest.mark.parametrize("shape", LAYERS)
-def test_a_layer_with_rows_to_spare(shape):
+def test_a_layer_with_rows_to_spare(shape, keep, monkeypatch):
     """No further from float64 than the reference in bf16, with a quarter more rows than tokens."""
-    layer, group = layer_of(shape, "input")
+    monkeypatch.setattr(kept_steps, "APART", TOKENS)
+    layer, group = layer_of(shape, keep)
     ours = lambda x, g: layer(played(TOKENS + TOKENS // 4), x, g)  # noqa: E731
     assert_no_worse(ours, lambda x, g: layer(decoder_layer_reference, x, g), group)
 

@@ -5,6 +5,7 @@ Recordings are re-run here and not CUDA graphs: frames, buckets and addresses ar
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from test_packed_model import by_pack, by_rows, ids_and_weights, make_model
 from transformers import BitsAndBytesConfig
 
 from slothrl.activations import keep_activations
-from slothrl.fit_activations import MicroBatch, Route, fused_mlp_bytes, graphed_bytes
+from slothrl.fit_activations import MicroBatch, Route, fused_mlp_bytes, graphed_bytes, kept_frame_bytes
 from slothrl.fit_shape import Shape
 from slothrl.fuse import fuse, unfuse
 from slothrl.graphs import ARRIVALS, graph_layers, graphs_of
@@ -221,6 +222,15 @@ def test_how_much_is_launched_and_held(folders, monkeypatch):  # noqa: F811
     predicted = graphed_bytes(shape, batch, Route()) - fused_mlp_bytes(shape, batch, 2, quantized=True)
     adapters = sum(p.numel() for p in decoder.layers[0].parameters() if p.requires_grad)
     assert graphs_of(model).nbytes == predicted + 608 * 2 * 32 * 2 + 4 * adapters  # tables, gradients
+    held, whole = graphs_of(model).nbytes, replace(shape, rank=8)
+    model.get_base_model().gradient_checkpointing_disable()
+    for _ in range(ARRIVALS + 1):
+        with torch.autocast("cpu", torch.bfloat16):
+            decoder.layers[0](x, attention_mask=None, position_embeddings=tables, use_cache=False).sum().backward()
+    (own,) = graphs_of(model).owned()
+    assert own.nbytes == 608 * 2 * (2 * 128 + 2 * 256 + 128 + 8 + 2 * 64) + 2 * adapters
+    predicted = kept_frame_bytes(whole, batch, Route()) - 608 * 2 * whole.layers * (128 + 8)
+    assert graphs_of(model).nbytes - held - own.nbytes == predicted + 608 * 2 * 32 * 2 + 2 * adapters
 
 
 def test_wishes(folders):  # noqa: F811

@@ -45,10 +45,10 @@ def made(kind="nf4", shapes=None, tokens=(2, 7)):
     return leaves_of(tensors), weights
 
 
-@pytest.mark.parametrize("apart", [1, 2048], ids=["turned by attention", "turned in a step"])
+@pytest.mark.parametrize("apart", [1, 2048], ids=["ends apart", "ends in steps"])
 @pytest.mark.parametrize("options", [{}, {"heads_normed": True}, {"rotated": False}, {"after": True, "biases": True}])
 def test_to_the_bit(options, apart, monkeypatch):
-    """Where q and k's gradients are turned back changes nothing, nor do rows that are left over of longer calls."""
+    """Who computes what is at the ends of steps changes nothing, nor do rows that are left over of longer calls."""
     monkeypatch.setattr(kept_steps, "APART", apart)
     tensors, weights = made("dense" if options.get("after") else "nf4", JOINT if options == {} else None)
     other = [values(3, 8, 64, seed=3).requires_grad_(), *tensors[1:]]
@@ -193,9 +193,11 @@ def test_what_is_held():
     adapters = frame.found.numel()
     assert own_widths(parts, tensors[0]) == {"x": 64, "qkv": 128, "u": 64, "inner": 256, "shrunk": 8, "turned": 96}
     assert own.nbytes == own_bytes(32, parts, tensors[0]) == 4 * (32 * (64 + 128 + 64 + 256 + 8 + 96) + adapters)
-    widths = 64 + 8 + 64 + 128 + 64 + 2 * (64 + 8) + 2 * 16  # rows, to_rows, to_qkv, state; to_y and to_u; cos, sin
-    assert frame.nbytes == 4 * (32 * widths + adapters)
+    widths = 64 + 8 + 64 + 128 + 64 + 3 * (64 + 8) + 2 * 16  # rows, to_rows, to_qkv, state; to_y, to_u, to_n; cos, sin
+    assert frame.nbytes == 4 * (32 * widths + adapters + 32)
     assert Frame(16, parts, tensors[0]).key == frame.key
+    results(packed := Played(32), case("nf4")[1], tensors, **{**OPTIONS, "biases": False})
+    assert packed.recorded.frame.nbytes == frame.nbytes + 4 * (32 + 64) * (128 + 8)  # what goes into down; its weight
 
 
 def test_half_precision_adapters_in_float32():
@@ -206,3 +208,13 @@ def test_half_precision_adapters_in_float32():
     ours = results(Played(14), weights, tensors, **OPTIONS)
     assert [t.dtype for t in ours] == [t.dtype for t in eager] and ours[2].dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+
+
+def test_with_kernels_and_ends_apart(kernel_device, monkeypatch):
+    """Kernels that read and write buffers wider than what they are of."""
+    monkeypatch.setattr(kept_steps, "APART", 1)
+    tensors, weights = case("dense", device=kernel_device)
+    tensors, weights = leaves_of(tensors), [w.to(kernel_device) for w in weights]
+    ours = results(Played(16), weights, tensors, impl="triton", **OPTIONS)
+    for a, b in zip(ours, results(decoder_layer, weights, tensors, **OPTIONS), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
