@@ -106,9 +106,10 @@ def _input_gradient(recorded: Recorded, parts: LayerParts, tokens: int) -> Tenso
     frame = recorded.frame
     if not ends_apart(recorded.rows):
         return frame.rows("state", tokens).clone()
-    x = own_of(recorded).rows("x", tokens)
+    own = own_of(recorded)
+    x = own.rows("x", tokens)
     to_n, to_u = (frame.left(name, tokens, x.size(1)) for name in ("to_n", "to_u"))
-    return _norm_backward(to_n, to_u, x, frame.scale[:tokens], parts.first, parts)
+    return _norm_backward(to_n, to_u, x, own.scales[0][:tokens], parts.first, parts)
 
 
 def _kept_in(recorded: Recorded, attended: Attended, tokens: int) -> _Kept:

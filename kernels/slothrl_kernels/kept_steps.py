@@ -15,17 +15,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slothrl_kernels.decoder_layer import _norm_backward, _normed, _whole_backward
+from slothrl_kernels.decoder_layer import _norm_backward
 from slothrl_kernels.glu import glu_forward
 from slothrl_kernels.layer_attention import heads_of, turn_back
 from slothrl_kernels.layer_frame import Frame, gives_apart
+from slothrl_kernels.layer_mlp import glu_gradients
 from slothrl_kernels.layer_own import Own
-from slothrl_kernels.layer_parts import LayerParts
+from slothrl_kernels.layer_parts import LayerParts, Norm
 from slothrl_kernels.layer_residual import add_onto, gradient_of_made
 from slothrl_kernels.layer_steps import not_here
 from slothrl_kernels.lora_flat import AdapterGradients, adapter_values, adapters_in
-from slothrl_kernels.lora_group import LoraOnto
+from slothrl_kernels.lora_group import LoraGroup, LoraOnto
 from slothrl_kernels.qk_norm_rope import qk_norm_rope_forward
+from slothrl_kernels.rms_norm_math import rms_norm_forward
 from slothrl_kernels.rope import rope_turn
 
 APART = 2048  # rows from which on a pass over them costs more than a launch
@@ -53,8 +55,8 @@ class KeptSteps:
     def before(self) -> None:
         x, parts = self.x, self.parts
         adapter_values(parts.groups, x, self.own.values)
-        normed = _normed(x, parts.first, parts.qkv, self.values[0], parts)
-        qkv = normed.group.forward(normed.both, out=self.own.rows("qkv", self.count))
+        normed = self._normed(x, parts.first, 0, "normed")
+        qkv = self._group(0).forward(normed, out=self.own.rows("qkv", self.count))
         q, k, _ = heads_of(qkv, self.shape, parts)
         if parts.norms is not None and parts.tables is not None:
             turned = self.own.turned(self.shape, parts)
@@ -67,20 +69,20 @@ class KeptSteps:
         own, parts, count = self.own, self.parts, self.count
         onto, rows = self._onto(parts.o, 1), self.frame.rows("rows", count)
         u, of_o = add_onto(onto, rows, self.x, parts.after_o(), parts.impl, own.rows("u", count))
-        if onto.rank:
-            own.rows("shrunk", count).copy_(rows[:, onto.inputs :])
-        normed = _normed(u, parts.second, parts.inner, self.values[2], parts)
+        own.rows("shrunk", count).copy_(rows[:, onto.inputs :])
+        normed = self._normed(u, parts.second, 1, "normed_mlp")
         down = self._onto(parts.down, 3)
         apart = self.apart and gives_apart(parts)
         both = self.frame.rows("product", count) if apart else down.input_buffer(count)
-        gate, up = normed.group.forward(normed.both, out=own.rows("inner", count)).chunk(2, 1)
+        gate, up = self._group(2).forward(normed, out=own.rows("inner", count)).chunk(2, 1)
         glu_forward(gate, up, parts.activation, parts.impl, both[:, : down.inputs])
-        del normed
+        of_down = None
         if apart:
             down.shrink_into(both)
             down.joined(self.frame.joined)
-            return
-        of_down = add_onto(down, both, u, parts.after_down(), parts.impl, self.frame.rows("state", count)).made
+        else:
+            of_down = add_onto(down, both, u, parts.after_down(), parts.impl, self.frame.rows("state", count)).made
+        own.rows("shrunk_mlp", count).copy_(both[:, down.inputs :])
         if of_o is not None and of_down is not None:
             own.rows("of_o", count).copy_(of_o)
             own.rows("of_down", count).copy_(of_down)
@@ -99,32 +101,47 @@ class KeptSteps:
         onto.times_weight(to_o, self.frame.rows("to_rows", count))
 
     def last(self) -> None:
-        x, parts, to_qkv = self.x, self.parts, self.frame.rows("to_qkv", self.count)
+        parts, to_qkv = self.parts, self.frame.rows("to_qkv", self.count)
         if not self.apart:
             raw = None if parts.norms is None else self.own.rows("qkv", self.count)
             turn_back(to_qkv, raw, self.shape, parts)
-        normed = _normed(x, parts.first, parts.qkv, self.values[0], parts)
-        normed.group.shrink_into(normed.both)
         out = self.frame.rows("to_n", self.count) if self.apart else None
-        to_n, to_xa = normed.group.input_gradient(to_qkv, out)
-        normed.group.parameter_gradients(normed.both, to_xa, to_qkv, self.gradients[0])
-        if self.apart:
-            self.frame.scale[: self.count].copy_(normed.r)
-            return
-        to_u = self.frame.rows("to_u", self.count)[:, : self.hidden]
-        _norm_backward(to_n, to_u, x, normed.r, parts.first, parts, self.frame.rows("state", self.count))
+        to_n = self._group_backward(0, to_qkv, "normed", out)
+        if not self.apart:
+            to_u, r = self.frame.rows("to_u", self.count)[:, : self.hidden], self.own.scales[0][: self.count]
+            _norm_backward(to_n, to_u, self.x, r, parts.first, parts, self.frame.rows("state", self.count))
 
     def _mlp_backward(self, out: Tensor) -> None:
         """du (M, h) into `out`; over gate and up, which serve once."""
         own, parts, count = self.own, self.parts, self.count
         u, down, upstream = own.rows("u", count), self._onto(parts.down, 3), self.frame.rows("to_y", count)
-        normed = _normed(u, parts.second, parts.inner, self.values[2], parts)
         to_y = upstream[:, : self.hidden]
         if parts.after is not None:
             to_made, to_y = to_y, self.frame.rows("state", count)
             gradient_of_made(to_y, own.rows("of_down", count), parts.after[1], to_made, parts.impl)
-        to_n = _whole_backward(normed, down, upstream, parts, own.rows("inner", count), self.gradients[2:])
-        _norm_backward(to_n, to_y, u, normed.r, parts.second, parts, out)
+        h, to_inner = glu_gradients(own.rows("inner", count), down.input_gradient(upstream), parts)
+        down.parameter_gradients(h, own.rows("shrunk_mlp", count), upstream, self.gradients[3])
+        del h
+        to_n = self._group_backward(2, to_inner, "normed_mlp")
+        _norm_backward(to_n, to_y, u, own.scales[1][:count], parts.second, parts, out)
+
+    def _group_backward(self, place: int, to_y: Tensor, name: str, out: Tensor | None = None) -> Tensor:
+        """dx (M, K) of a group's projections, in `out` or new memory; the adapters' gradients go into theirs."""
+        group = self._group(place)
+        to_x, to_xa = group.input_gradient(to_y, out)
+        group.parameter_gradients(self.own.rows(name, self.count), to_xa, to_y, self.gradients[place])
+        return to_x
+
+    def _normed(self, x: Tensor, norm: Norm, which: int, name: str) -> Tensor:
+        """The norm of x (M, h) in the left of its own buffer, its r among the scales."""
+        both = self.own.rows(name, self.count)
+        options = (norm.weight, norm.eps, norm.shift, norm.cast_first)
+        r = rms_norm_forward(x, None, *options, self.parts.impl, both[:, : self.hidden])[2]
+        self.own.scales[which][: self.count].copy_(r)
+        return both
+
+    def _group(self, place: int) -> LoraGroup:
+        return LoraGroup(self.parts.groups[place], self.values[place], self.x, self.parts.impl)
 
     def _onto(self, projection, place: int) -> LoraOnto:
         return LoraOnto(projection, self.values[place], self.x, self.parts.impl)

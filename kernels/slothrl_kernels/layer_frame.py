@@ -114,8 +114,7 @@ class Buffers:
 class Frame(Buffers):
     """The buffers of `frame_widths`, and `found`: a layer's adapter gradients, in the adapters' dtype.
 
-    Where layers keep all: `found` in the computation's dtype; `scale` (capacity,) what the first norm divided by, as
-    `rms_norm_forward` returns it; `joined` [W | B] of down (h, F + R), where its output may be `gives_apart`.
+    Where layers keep all: `found` in the computation's dtype; `joined` [W | B] of down (h, F + R), where `gives_apart`.
 
     Args:
         capacity: rows.
@@ -129,14 +128,13 @@ class Frame(Buffers):
         self.first, (dtype,) = counts[0], adapter_dtypes(parts)
         whole = parts.keep == "all"
         self.found = x.new_zeros(sum(counts), dtype=x.dtype if whole else dtype)  # of q, k and v first
-        self.scale = x.new_zeros(capacity if whole else 0, dtype=torch.promote_types(x.dtype, torch.float32))
         self.joined = x.new_zeros(x.size(-1), _into_down(parts) if whole and gives_apart(parts) else 0)
         self._tables: tuple[Tensor, Tensor] | None = None
         self._seen: list[Any] = []
 
     @property
     def nbytes(self) -> int:
-        return self.found.nbytes + self.scale.nbytes + self.joined.nbytes + super().nbytes
+        return self.found.nbytes + self.joined.nbytes + super().nbytes
 
     def clear(self) -> None:
         super().clear()

@@ -26,14 +26,15 @@ def own_widths(parts: LayerParts, x: Tensor) -> dict[str, int]:
     """Entries a token of every buffer that a layer has to itself.
 
     x: the layer's input. qkv: as projected, and rotated where no norms come first. turned: q and k normed and rotated,
-    where norms do. u: the stream after attention. inner: gate and up. shrunk: o's rank products. of_o, of_down: what
-    these gave, where norms follow. Attention keeps its output itself.
+    where norms do. u: the stream after attention. inner: gate and up. normed, normed_mlp: the norms of x and u, beside
+    their rank products. shrunk, shrunk_mlp: o's and down's. of_o, of_down: what these gave, where norms follow.
+    Attention keeps its output itself.
     """
     hidden, heads = x.size(-1), parts.heads + parts.kv_heads
     widths = {"x": hidden, "qkv": (heads + parts.kv_heads) * parts.width, "u": hidden}
     widths["inner"] = sum(p.weight.shape[0] for p in parts.inner)
-    if rank := rank_of((parts.o,)):
-        widths["shrunk"] = rank
+    widths |= {"normed": hidden + rank_of(parts.qkv), "normed_mlp": hidden + rank_of(parts.inner)}
+    widths |= {"shrunk": rank_of((parts.o,)), "shrunk_mlp": rank_of((parts.down,))}
     if parts.norms is not None:
         widths["turned"] = heads * parts.width
     if parts.after is not None:
@@ -43,11 +44,17 @@ def own_widths(parts: LayerParts, x: Tensor) -> dict[str, int]:
 
 def own_bytes(rows: int, parts: LayerParts, x: Tensor) -> int:
     """What an `Own` of so many rows takes."""
-    return (rows * sum(own_widths(parts, x).values()) + count_of(parts.groups)) * x.element_size()
+    values = rows * sum(own_widths(parts, x).values()) + count_of(parts.groups)
+    return values * x.element_size() + 2 * rows * _scales_of(x).itemsize
+
+
+def _scales_of(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class Own(Buffers):
-    """The buffers of `own_widths`; and `values`: the adapters as the forward read them (`adapter_values`).
+    """The buffers of `own_widths`; `values`: the adapters as the forward read them (`adapter_values`); `scales`: the
+    two norms' r (capacity,), as `rms_norm_forward` returns it.
 
     Args:
         capacity: rows.
@@ -58,11 +65,12 @@ class Own(Buffers):
     def __init__(self, capacity: int, parts: LayerParts, like: Tensor) -> None:
         super().__init__(capacity, own_widths(parts, like), like)
         self.values = like.new_zeros(count_of(parts.groups))
+        self.scales = [like.new_zeros(capacity, dtype=_scales_of(like)) for _ in range(2)]
         self._lease: ref[Lease] | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.values.nbytes + super().nbytes
+        return self.values.nbytes + sum(r.nbytes for r in self.scales) + super().nbytes
 
     @property
     def taken(self) -> bool:

@@ -62,6 +62,18 @@ def test_to_the_bit(options, apart, monkeypatch):
                 results(played, weights, other, keep="all", **options)
 
 
+@pytest.mark.parametrize("apart", [1, 2048])
+def test_projections_without_adapters(apart, monkeypatch):
+    """Of o and down alone, and of q, k, v, gate and up alone: rank products of no columns."""
+    monkeypatch.setattr(kept_steps, "APART", apart)
+    tensors, weights = made()
+    for without in ((7, 8, 13, 14), (1, 2, 3, 4, 5, 6, 9, 10, 11, 12)):
+        some = [None if i in without else t for i, t in enumerate(tensors)]
+        eager = results(decoder_layer, weights, some, keep="all", heads_normed=True)
+        ours = results(Played(14), weights, some, keep="all", heads_normed=True)
+        assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+
+
 def test_two_forwards_before_the_backwards():
     """The second finds the buffers taken, and goes without; in either order of the backwards."""
     one, weights = made()
@@ -185,16 +197,18 @@ def test_several_recordings_and_layers():
 
 
 def test_what_is_held():
-    """A token of a layer: x, u, q k v, q k, gate up, o's rank products; what attention made it keeps itself."""
+    """A token of a layer: x, u, q k v, q k, gate up, the norms, rank products; what attention made it keeps itself."""
     tensors, weights = made("dense")
     played = Played(32)
     results(played, weights, tensors, **OPTIONS)
     own, frame, parts = played.recorded.own, played.recorded.frame, played.parts
     adapters = frame.found.numel()
-    assert own_widths(parts, tensors[0]) == {"x": 64, "qkv": 128, "u": 64, "inner": 256, "shrunk": 8, "turned": 96}
-    assert own.nbytes == own_bytes(32, parts, tensors[0]) == 4 * (32 * (64 + 128 + 64 + 256 + 8 + 96) + adapters)
+    widths = {"x": 64, "qkv": 128, "u": 64, "inner": 256, "shrunk": 8, "shrunk_mlp": 8, "turned": 96}
+    assert own_widths(parts, tensors[0]) == {**widths, "normed": 64 + 8, "normed_mlp": 64 + 16}
+    total = sum(own_widths(parts, tensors[0]).values())
+    assert own.nbytes == own_bytes(32, parts, tensors[0]) == 4 * (32 * (total + 2) + adapters)
     widths = 64 + 8 + 64 + 128 + 64 + 3 * (64 + 8) + 2 * 16  # rows, to_rows, to_qkv, state; to_y, to_u, to_n; cos, sin
-    assert frame.nbytes == 4 * (32 * widths + adapters + 32)
+    assert frame.nbytes == 4 * (32 * widths + adapters)
     assert Frame(16, parts, tensors[0]).key == frame.key
     results(packed := Played(32), case("nf4")[1], tensors, **{**OPTIONS, "biases": False})
     assert packed.recorded.frame.nbytes == frame.nbytes + 4 * (32 + 64) * (128 + 8)  # what goes into down; its weight
