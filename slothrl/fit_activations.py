@@ -172,18 +172,18 @@ def graphed_bytes(shape: Shape, batch: MicroBatch, route: Route) -> int:
 def kept_frame_bytes(shape: Shape, batch: MicroBatch, route: Route) -> int:
     """The same without checkpointing: layers keep what they would keep anyway, and beside it
 
-        e (4h + 3q + 2v + 6r)   in all: attention's output and its gradient, those of q k v, of the output, after
-                                attention and of the first norm, the output
+        e (5h + 3q + 2v + 6r)   in all: the input, attention's output and its gradient, those of q k v, of the output,
+                                after attention and of the first norm, the output
         e (m + r)               likewise, and for each of the h rows of the weight: what goes into down, where that is
                                 quantised and adds to the stream; where a norm does, e (h + r) a token
-        (8 + e (3h + 7r)) L     in each layer: its input once more, the norms, rank products, the norms' scales
+        (8 + e (2h + 7r)) L     in each layer: the norms, rank products, the norms' scales
 
     a token.
     """
     h, r = shape.hidden, -(-shape.rank // 8) * 8
     down = shape.mlp + r if route.quantized and shape.norms != 4 else 0
-    per_token = 4 * h + 3 * shape.query + 2 * shape.key_value + 6 * r + down
-    per_token += (3 * h + 7 * r) * shape.layers + (h + r) * (shape.norms == 4)
+    per_token = 5 * h + 3 * shape.query + 2 * shape.key_value + 6 * r + down
+    per_token += (2 * h + 7 * r) * shape.layers + (h + r) * (shape.norms == 4)
     return route.width * (batch.tokens * per_token + h * down) + 8 * batch.tokens * shape.layers
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slothrl_kernels.decoder_layer import _backward, _Kept, _norm_backward, _versions
-from slothrl_kernels.kept_steps import ends_apart
+from slothrl_kernels.kept_steps import ends_apart, norm_into, starts_apart
 from slothrl_kernels.layer_attention import Attended, attend_backward, attention, attention_backward
 from slothrl_kernels.layer_frame import gives_apart
 from slothrl_kernels.layer_own import Own
@@ -35,17 +35,17 @@ class _KeptLayer(torch.autograd.Function):
         ctx: Any, x: Tensor, parts: LayerParts, recorded: Recorded, save: bool, *adapters: Tensor | None
     ) -> Tensor:
         frame, own, follows = recorded.frame, own_of(recorded), any(ctx.needs_input_grad)
-        own.fill("x", x.reshape(-1, x.size(-1)))
-        frame.set_tables(parts.tables, x.shape)
+        _put_in(x, parts, recorded)
         recorded.before()
         attended = attention(own.turned(x.shape, parts), parts, follows)
         frame.fill("rows", attended.rows)
         recorded.after()
         frame.wrote(recorded.rows, "state")
+        own.wrote(recorded.rows, "normed", "u")
         if follows:
             ctx.kept, ctx.lease = attended, own.lend()
             ctx.parts, ctx.recorded, ctx.versions = parts, recorded, _versions(adapters)
-            ctx.held = None if save else x  # a second backward begins with it
+            ctx.held = None if save else x
             ctx.save_for_backward(x if save else None)
         return _output(recorded, x.size(0) * x.size(1)).view(x.shape)
 
@@ -64,16 +64,31 @@ class _KeptLayer(torch.autograd.Function):
             elif ctx.recorded.addresses != addresses(parts):  # since the forward: what was kept serves all the same
                 to_x, found = _backward(x, to_rows, parts, _kept_in(ctx.recorded, attended, to_rows.size(0)))
             else:
-                to_x, found = _replayed(x.shape, to_rows, parts, ctx.recorded, attended)
+                to_x, found = _replayed(x, to_rows, parts, ctx.recorded, attended)
         return to_x.view(x.shape), None, None, None, *found
 
 
+def _put_in(x: Tensor, parts: LayerParts, recorded: Recorded) -> None:
+    """x (B, S, h) to where the steps take it."""
+    frame, own, rows = recorded.frame, own_of(recorded), x.reshape(-1, x.size(-1))
+    frame.set_tables(parts.tables, x.shape)
+    if not starts_apart(parts, recorded.rows):
+        frame.fill("x", rows)
+        return
+    own.fill("u", rows)  # the residual, which the step adds to
+    norm_into(own, "normed", rows, parts.first, parts.impl)
+    own.end("normed", rows.size(0))
+
+
 def _replayed(
-    shape: torch.Size, to_y: Tensor, parts: LayerParts, recorded: Recorded, attended: Attended
+    x: Tensor, to_y: Tensor, parts: LayerParts, recorded: Recorded, attended: Attended
 ) -> tuple[Tensor, list[Tensor | None]]:
     """dx (M, h) and the adapters' gradients, as `decoder_layer`'s backward gives them, as tensors of their own."""
     frame, rows, tokens = recorded.frame, recorded.rows, to_y.size(0)
+    shape, apart, x = x.shape, ends_apart(rows), x.reshape(-1, x.size(-1))
     frame.set_tables(parts.tables, shape)
+    if not apart:
+        frame.fill("x", x)
     frame.fill("to_y" if parts.after is None else "state", to_y)
     recorded.middle()
     of_a = frame.view(("o's A",), lambda: adapters_in(parts.groups, frame.found)[1].a)
@@ -81,7 +96,7 @@ def _replayed(
         to_xa = frame.right("to_u" if parts.after is None else "to_o", tokens, shape[-1])
         gradient_of_a([parts.o], of_a, to_xa, attended.rows)
     to_out, to_qkv = frame.rows("to_rows", tokens), frame.rows("to_qkv", tokens)
-    if ends_apart(rows):
+    if apart:
         attend_backward(to_out, attended, shape, parts, to_qkv)
     else:
         attention_backward(to_out, attended, to_qkv)
@@ -89,7 +104,7 @@ def _replayed(
     recorded.last()
     frame.wrote(rows, "state")
     found = frame.found.to(_dtype_of(parts), copy=True)  # one copy of all: what autograd keeps is nobody else's
-    return _input_gradient(recorded, parts, tokens), views_of_gradients(parts.groups, found)
+    return _input_gradient(recorded, x, parts), views_of_gradients(parts.groups, found)
 
 
 def _output(recorded: Recorded, tokens: int) -> Tensor:
@@ -101,15 +116,13 @@ def _output(recorded: Recorded, tokens: int) -> Tensor:
     return frame.rows("state", tokens).clone()
 
 
-def _input_gradient(recorded: Recorded, parts: LayerParts, tokens: int) -> Tensor:
+def _input_gradient(recorded: Recorded, x: Tensor, parts: LayerParts) -> Tensor:
     """dx (M, h) in memory of its own, after `KeptSteps.last`."""
-    frame = recorded.frame
+    frame, tokens = recorded.frame, x.size(0)
     if not ends_apart(recorded.rows):
         return frame.rows("state", tokens).clone()
-    own = own_of(recorded)
-    x = own.rows("x", tokens)
-    to_n, to_u = (frame.left(name, tokens, x.size(1)) for name in ("to_n", "to_u"))
-    return _norm_backward(to_n, to_u, x, own.scales[0][:tokens], parts.first, parts)
+    to_n, to_u = (frame.left(name, *x.shape) for name in ("to_n", "to_u"))
+    return _norm_backward(to_n, to_u, x, own_of(recorded).scales[0][:tokens], parts.first, parts)
 
 
 def _kept_in(recorded: Recorded, attended: Attended, tokens: int) -> _Kept:

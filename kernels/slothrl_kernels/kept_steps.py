@@ -6,8 +6,8 @@
     last     the gradients of what the projections gave -> dx, and the gradients of q, k and v's adapters
 
 Their caller computes the gradient of o's A: it takes attention's output, which is where attention put it. And over many
-rows (`ends_apart`) what is at the steps' ends, where a copy would cost more than a launch: the output, the gradients of
-q and k before norms and rotation, dx.
+rows (`ends_apart`) what is at the steps' ends, where a copy would cost more than a launch: the first norm (x is then in
+the place of u), the output, the gradients of q and k before norms and rotation, dx.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from slothrl_kernels.lora_group import LoraGroup, LoraOnto
 from slothrl_kernels.qk_norm_rope import qk_norm_rope_forward
 from slothrl_kernels.rms_norm_math import rms_norm_forward
 from slothrl_kernels.rope import rope_turn
+from slothrl_kernels.switch import Impl
 
+SCALES = {"normed": 0, "normed_mlp": 1}  # which of `Own.scales` is whose
 APART = 2048  # rows from which on a pass over them costs more than a launch
 
 
@@ -46,17 +48,18 @@ class KeptSteps:
         self.parts = parts._replace(tables=tables, attend=not_here, keeper=None)
         self.frame, self.own, self.count = frame, own, count
         self.apart = ends_apart(count)
-        self.x = own.rows("x", count)
+        self.x = frame.rows("x", count)
         self.hidden = self.x.size(1)
         self.shape = torch.Size((1, count, self.hidden))
         self.values = adapters_in(parts.groups, own.values)
         self.gradients = AdapterGradients(parts.groups, self.x, frame.found).found
 
     def before(self) -> None:
-        x, parts = self.x, self.parts
+        own, x, parts = self.own, self.x, self.parts
         adapter_values(parts.groups, x, self.own.values)
-        normed = self._normed(x, parts.first, 0, "normed")
-        qkv = self._group(0).forward(normed, out=self.own.rows("qkv", self.count))
+        if not starts_apart(parts, self.count):
+            norm_into(own, "normed", x, parts.first, parts.impl)
+        qkv = self._group(0).forward(own.rows("normed", self.count), out=self.own.rows("qkv", self.count))
         q, k, _ = heads_of(qkv, self.shape, parts)
         if parts.norms is not None and parts.tables is not None:
             turned = self.own.turned(self.shape, parts)
@@ -68,13 +71,15 @@ class KeptSteps:
     def after(self) -> None:
         own, parts, count = self.own, self.parts, self.count
         onto, rows = self._onto(parts.o, 1), self.frame.rows("rows", count)
-        u, of_o = add_onto(onto, rows, self.x, parts.after_o(), parts.impl, own.rows("u", count))
+        u = own.rows("u", count)
+        x = u if starts_apart(parts, count) else self.x
+        u, of_o = add_onto(onto, rows, x, parts.after_o(), parts.impl, u)
         own.rows("shrunk", count).copy_(rows[:, onto.inputs :])
-        normed = self._normed(u, parts.second, 1, "normed_mlp")
+        norm_into(own, "normed_mlp", u, parts.second, parts.impl)
         down = self._onto(parts.down, 3)
         apart = self.apart and gives_apart(parts)
         both = self.frame.rows("product", count) if apart else down.input_buffer(count)
-        gate, up = self._group(2).forward(normed, out=own.rows("inner", count)).chunk(2, 1)
+        gate, up = self._group(2).forward(own.rows("normed_mlp", count), out=own.rows("inner", count)).chunk(2, 1)
         glu_forward(gate, up, parts.activation, parts.impl, both[:, : down.inputs])
         of_down = None
         if apart:
@@ -132,14 +137,6 @@ class KeptSteps:
         group.parameter_gradients(self.own.rows(name, self.count), to_xa, to_y, self.gradients[place])
         return to_x
 
-    def _normed(self, x: Tensor, norm: Norm, which: int, name: str) -> Tensor:
-        """The norm of x (M, h) in the left of its own buffer, its r among the scales."""
-        both = self.own.rows(name, self.count)
-        options = (norm.weight, norm.eps, norm.shift, norm.cast_first)
-        r = rms_norm_forward(x, None, *options, self.parts.impl, both[:, : self.hidden])[2]
-        self.own.scales[which][: self.count].copy_(r)
-        return both
-
     def _group(self, place: int) -> LoraGroup:
         return LoraGroup(self.parts.groups[place], self.values[place], self.x, self.parts.impl)
 
@@ -150,3 +147,15 @@ class KeptSteps:
 def ends_apart(rows: int) -> bool:
     """Whether what is at the ends of steps over so many rows is left to their caller."""
     return rows >= APART
+
+
+def starts_apart(parts: LayerParts, rows: int) -> bool:
+    """Whether `before` finds the norm made, and x in the place of u, to which `after` adds: not where o is normed."""
+    return ends_apart(rows) and parts.after is None
+
+
+def norm_into(own: Own, name: str, x: Tensor, norm: Norm, impl: Impl) -> None:
+    """The norm of x (M, h) into the left of "normed" or "normed_mlp", and its r among the scales."""
+    options = (norm.weight, norm.eps, norm.shift, norm.cast_first)
+    r = rms_norm_forward(x, None, *options, impl, own.left(name, *x.shape))[2]
+    own.scales[SCALES[name]][: x.size(0)].copy_(r)

@@ -27,7 +27,7 @@ def frame_widths(parts: LayerParts, x: Tensor) -> dict[str, int]:
     the gradient of q, k and v, which takes qkv's place without norms. rows: attention's output, then its gradient.
     state: the layer's output, then that one's gradient, then the input's. to_u: the gradient after attention. cos, sin.
 
-    Of layers that keep all: rows beside its rank products, as o takes it, to_rows its gradient; to_y the output's
+    Of layers that keep all: x; rows beside its rank products, as o takes it, to_rows its gradient; to_y the output's
     gradient beside its products, as down takes it (where a norm follows, what that makes of the one in state); to_u
     likewise for o (to_o where a norm follows); to_qkv; to_n the first norm's, beside the products; product what goes
     into down, beside its products, where `gives_apart`; state.
@@ -36,7 +36,7 @@ def frame_widths(parts: LayerParts, x: Tensor) -> dict[str, int]:
     qkv = wide + 2 * parts.kv_heads * parts.width
     if parts.keep == "all":
         onto_o, onto_down = (hidden + rank_of((p,)) for p in (parts.o, parts.down))
-        widths = {"rows": wide + rank_of((parts.o,)), "to_rows": wide, "to_qkv": qkv, "state": hidden}
+        widths = {"x": hidden, "rows": wide + rank_of((parts.o,)), "to_rows": wide, "to_qkv": qkv, "state": hidden}
         widths |= {"to_y": onto_down, "to_u": onto_o} | ({} if parts.after is None else {"to_o": onto_o})
         widths["to_n"] = hidden + rank_of(parts.qkv)
         widths |= {"product": _into_down(parts)} if gives_apart(parts) else {}

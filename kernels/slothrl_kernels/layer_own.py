@@ -25,13 +25,13 @@ class Lease:
 def own_widths(parts: LayerParts, x: Tensor) -> dict[str, int]:
     """Entries a token of every buffer that a layer has to itself.
 
-    x: the layer's input. qkv: as projected, and rotated where no norms come first. turned: q and k normed and rotated,
+    qkv: as projected, and rotated where no norms come first. turned: q and k normed and rotated,
     where norms do. u: the stream after attention. inner: gate and up. normed, normed_mlp: the norms of x and u, beside
     their rank products. shrunk, shrunk_mlp: o's and down's. of_o, of_down: what these gave, where norms follow.
-    Attention keeps its output itself.
+    Attention keeps its output itself, autograd the layer's input.
     """
     hidden, heads = x.size(-1), parts.heads + parts.kv_heads
-    widths = {"x": hidden, "qkv": (heads + parts.kv_heads) * parts.width, "u": hidden}
+    widths = {"qkv": (heads + parts.kv_heads) * parts.width, "u": hidden}
     widths["inner"] = sum(p.weight.shape[0] for p in parts.inner)
     widths |= {"normed": hidden + rank_of(parts.qkv), "normed_mlp": hidden + rank_of(parts.inner)}
     widths |= {"shrunk": rank_of((parts.o,)), "shrunk_mlp": rank_of((parts.down,))}

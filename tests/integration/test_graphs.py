@@ -228,7 +228,7 @@ def test_how_much_is_launched_and_held(folders, monkeypatch):  # noqa: F811
         with torch.autocast("cpu", torch.bfloat16):
             decoder.layers[0](x, attention_mask=None, position_embeddings=tables, use_cache=False).sum().backward()
     (own,) = graphs_of(model).owned()
-    beside = 608 * (8 + 2 * (3 * 128 + 7 * 8))  # what a layer holds that it would not without graphs
+    beside = 608 * (8 + 2 * (2 * 128 + 7 * 8))  # what a layer holds that it would not without graphs
     assert own.nbytes == beside + 608 * 2 * (128 + 2 * 256 + 128 + 2 * 64) + 2 * adapters
     predicted = kept_frame_bytes(whole, batch, Route()) - whole.layers * beside
     assert graphs_of(model).nbytes - held - own.nbytes == predicted + 608 * 2 * 32 * 2 + 2 * adapters

@@ -168,6 +168,19 @@ def test_nobody_else_has_what_is_given_out():
     assert all(torch.equal(a, b) for a, b in zip(first, before, strict=True))
 
 
+@pytest.mark.parametrize("apart", [1, 2048])
+@pytest.mark.parametrize("after", [False, True])
+def test_what_was_not_finite_is_gone(after, apart, monkeypatch):
+    """Zero times NaN is NaN: rows beyond the tokens hold nothing of a longer call that went wrong."""
+    monkeypatch.setattr(kept_steps, "APART", apart)
+    tensors, weights = made()
+    played, options = Played(24), {**OPTIONS, "after": after}
+    broken = values(3, 8, 64, seed=3)
+    broken[1:, 4:] = float("nan")
+    assert results(played, weights, [broken.requires_grad_(), *tensors[1:]], **options)[2].isnan().any()
+    assert_equal(results(played, weights, tensors, **options), results(decoder_layer, weights, tensors, **options))
+
+
 def test_several_recordings_and_layers():
     """Two numbers of rows share a layer's buffers, two layers the frame; a layer is not recorded while it is in use."""
     tensors, weights = made()
@@ -197,17 +210,17 @@ def test_several_recordings_and_layers():
 
 
 def test_what_is_held():
-    """A token of a layer: x, u, q k v, q k, gate up, the norms, rank products; what attention made it keeps itself."""
+    """A token of a layer: u, q k v, q k, gate up, the norms, rank products; what attention made it keeps itself."""
     tensors, weights = made("dense")
     played = Played(32)
     results(played, weights, tensors, **OPTIONS)
     own, frame, parts = played.recorded.own, played.recorded.frame, played.parts
     adapters = frame.found.numel()
-    widths = {"x": 64, "qkv": 128, "u": 64, "inner": 256, "shrunk": 8, "shrunk_mlp": 8, "turned": 96}
+    widths = {"qkv": 128, "u": 64, "inner": 256, "shrunk": 8, "shrunk_mlp": 8, "turned": 96}
     assert own_widths(parts, tensors[0]) == {**widths, "normed": 64 + 8, "normed_mlp": 64 + 16}
     total = sum(own_widths(parts, tensors[0]).values())
     assert own.nbytes == own_bytes(32, parts, tensors[0]) == 4 * (32 * (total + 2) + adapters)
-    widths = 64 + 8 + 64 + 128 + 64 + 3 * (64 + 8) + 2 * 16  # rows, to_rows, to_qkv, state; to_y, to_u, to_n; cos, sin
+    widths = 64 + 8 + 64 + 128 + 2 * 64 + 3 * (64 + 8) + 2 * 16  # rows to_rows to_qkv; state x; to_y to_u to_n; tables
     assert frame.nbytes == 4 * (32 * widths + adapters)
     assert Frame(16, parts, tensors[0]).key == frame.key
     results(packed := Played(32), case("nf4")[1], tensors, **{**OPTIONS, "biases": False})
