@@ -77,6 +77,11 @@ class LayerGraphs:
         """Device memory of frames, of layers' own buffers and of recordings."""
         return sum(held.nbytes for held in (*self._frames.values(), *self.owned())) + self.recorder.nbytes
 
+    @property
+    def idle(self) -> int:
+        """Bytes of layers' own buffers that wait for the next forward: it takes no other memory for what it keeps."""
+        return sum(own.nbytes for own in self.owned() if not own.taken)
+
     def owned(self) -> list[Own]:
         """The own buffers of layers that keep all."""
         return [own for layers in self._own.values() for own in layers.values()]
@@ -226,4 +231,4 @@ def pool_bytes(model: Any) -> int:
     """Device memory that the recordings of a model's layers keep from everybody else, though nothing is in it; less
     the layers' own buffers: the next micro-batch keeps its activations there."""
     graphs = graphs_of(model)
-    return 0 if graphs is None else graphs.recorder.nbytes - sum(own.nbytes for own in graphs.owned())
+    return 0 if graphs is None else graphs.recorder.nbytes - graphs.idle

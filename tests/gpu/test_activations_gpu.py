@@ -15,7 +15,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("policy", ["attention", "offload", "both", "auto"])
+@pytest.mark.parametrize("policy", ["attention", "offload", "both", "auto", "all"])
 def test_what_checkpointed_layers_keep(policy):
     """The same gradients: kept attention is not run again; inputs leave the device and come back as they were."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -93,21 +93,24 @@ def test_a_forward_without_backward_leaves_nothing():
     assert held[2] - held[0] < 1 << 20
 
 
-def test_auto_keeps_attention_where_memory_is_plenty():
-    """All four whole layers do, far below the length at which attention is much of the work; as many bytes as said."""
+@pytest.mark.parametrize("policy", ["auto", "all"])
+def test_layers_keep_more_where_memory_is_plenty(policy):
+    """auto: all four keep attention, far below the length at which it is much of the work; all: everything; as many
+    bytes as said."""
     model = adapted("0.6b, 4 layers")
     ids = torch.randint(0, 8192, (1, 4096), device="cuda")
     fuse(model)
     held = {}
-    for policy in ("layer", "auto"):
-        keep_activations(model, policy)
+    for each in ("layer", policy):
+        keep_activations(model, each)
         for _ in range(2):
             with torch.autocast("cuda", torch.bfloat16):
                 hidden = model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
-            held[policy] = torch.cuda.memory_allocated()
+            held[each] = torch.cuda.memory_allocated()
             hidden.sum().backward()
             del hidden
             model.zero_grad(set_to_none=True)
     kept = vars(model)["_slothrl_activations"]
-    assert kept.sizes.whole and kept.attending == 4
-    assert 0.8 <= (held["auto"] - held["layer"]) / (4 * 4096 * kept.sizes.bytes) <= 1.3
+    assert kept.sizes.whole and (kept.whole, kept.attending) == ((4, 0) if policy == "all" else (0, 4))
+    each = kept.sizes.all_bytes if policy == "all" else kept.sizes.bytes
+    assert 0.8 <= (held[policy] - held["layer"]) / (4 * 4096 * each) <= 1.3

@@ -60,6 +60,48 @@ def test_attention_is_kept_and_not_run_again(family, fused, folders):  # noqa: F
     assert "_slothrl_activations" not in vars(model)
 
 
+class Products(TorchDispatchMode):
+    """Counts matrix products, and LoRA's added to them, as wide as gate or up, or as both beside each other."""
+
+    def __init__(self, columns):
+        super().__init__()
+        self.columns, self.count = columns, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        found = operation(*args, **(kwargs or {}))
+        made = getattr(found, "shape", ())
+        self.count += "mm" in str(operation) and made in [(IDS.numel(), n * self.columns) for n in (1, 2)]
+        return found
+
+
+def products_in_backward(model):
+    loss = loss_of(model)
+    with Products(model.config.intermediate_size) as seen:
+        loss.backward()
+    return seen.count
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
+def test_nothing_is_computed_twice(family, folders):  # noqa: F811
+    """Of the MLP's GEMMs in the backward only the gradient of its product is left, one a layer, with LoRA's; unfused
+    layers keep attention."""
+    model = checkpointed(folders(family))
+    keep_activations(model, "all")
+    plain = step(model)
+    kept: Activations = vars(model)["_slothrl_activations"]
+    assert (kept.whole, kept.attending) == (0, 2)
+    fuse(model)
+    keep_activations(model, "attention")
+    assert_same(step(model), plain)
+    again = products_in_backward(model)
+    keep_activations(model, "all")
+    assert_same(step(model), plain)
+    kept = vars(model)["_slothrl_activations"]
+    assert (kept.whole, kept.attending) == (2, 0)
+    assert attentions_in_backward(model) == 0
+    assert (products_in_backward(model), again) == (2 * 2, 2 * (4 if family == "phi3" else 6))
+
+
 @pytest.mark.parametrize("layers", [2, 3])
 def test_inputs_in_the_host_s_memory(layers, folders, monkeypatch):  # noqa: F811
     """All but the last layer's go out, each comes back while the one above works; gradients are the same bits."""
@@ -248,9 +290,10 @@ def test_auto_keeps_attention_where_it_is_much(folders):  # noqa: F811
     assert (sizes.layers, sizes.width, sizes.weights, sizes.whole) == (2, 128, weights, False)
     assert sizes.share(1000) == pytest.approx(256000 / (256000 + 2 * weights))
     assert sizes.share(8) < WORTH < sizes.share(4096)
-    assert kept._how_many(4096, 4096, torch.device("cpu")) == 0  # nothing is measured there
+    assert kept._how_many(4096, 4096, torch.device("cpu")) == (0, 0)  # nothing is measured there
     fuse(model)
     assert kept.sizes.whole and kept.sizes.bytes > sizes.bytes  # q, k and v, too
+    assert (sizes.rest, kept.sizes.rest) == (0, 128 + 2 * 256)  # the sum after attention, gate and up
 
 
 def test_layers_that_run_by_their_modules_are_counted_so(folders):  # noqa: F811
@@ -272,7 +315,7 @@ def test_a_pack_is_judged_by_its_longest_sequence(folders, monkeypatch):  # noqa
     keep_activations(model, "attention")
     kept: Activations = vars(model)["_slothrl_activations"]
     asked = []
-    monkeypatch.setattr(kept, "_how_many", lambda tokens, reach, device: asked.append((tokens, reach)) or 0)
+    monkeypatch.setattr(kept, "_how_many", lambda tokens, reach, device: asked.append((tokens, reach)) or (0, 0))
     layout = PackedLayout.build([10, 54, 54, 7], [-1, 0, 0, -1])
     decoder = model.get_base_model().model
     kept._before_forward(decoder, (), {"input_ids": torch.zeros(1, 125), "packed_layout": layout})
