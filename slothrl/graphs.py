@@ -67,6 +67,8 @@ class LayerGraphs:
         recorded = self._recording(layer, kind, x, parts)
         if recorded is not None:
             return graphed_layer(x, parts, recorded, save)
+        if whole and torch.is_grad_enabled():
+            self._make_room(rows, x, parts)
         call = partial(eager, x, parts, save=save)
         if layer is self._watched and kind in self.paces and kind not in self.recorded and torch.is_grad_enabled():
             return self.paces[kind].watch(call)
@@ -156,12 +158,23 @@ class LayerGraphs:
             return old
         if old is not None:
             self._given_up += 1
-            for kind in [k for k, layers in self.recorded.items() if any(r.frame is old for r in layers.values())]:
-                del self.recorded[kind]
-            self._own.pop(key, None)
-            del self._frames[key], old
+            del old
+            self._drop(key)
         self._frames[key] = Frame(rows, parts, x)
         return self._frames[key]
+
+    def _make_room(self, rows: int, x: Tensor, parts: LayerParts) -> None:
+        """For a forward that keeps all elsewhere and more than before: the memory of those before would lie idle."""
+        key = frame_key(parts, x)
+        if key in self._frames and self._frames[key].capacity < rows:
+            self._drop(key)
+
+    def _drop(self, key: tuple) -> None:
+        """A frame, the recordings in it and the own buffers of its layers."""
+        frame = self._frames.pop(key)
+        for kind in [k for k, layers in self.recorded.items() if any(r.frame is frame for r in layers.values())]:
+            del self.recorded[kind]
+        self._own.pop(key, None)
 
     def _own_of(self, layer: Any, frame: Frame, x: Tensor, parts: LayerParts) -> Own | None:
         """A layer's own buffers, where it keeps all: for all recordings in one frame the same."""

@@ -125,6 +125,27 @@ def test_packs_of_several_sizes():
     assert_same_pack(by_pack(model, ids, weights), rows)
 
 
+def test_longer_ones_without_checkpoints():
+    """What is longer than all before needs the memory that layers held for themselves; the others record anew."""
+    model = make_model(**FAMILIES["qwen3"]).train()
+    recorder, short, longer = graphed(model), torch.arange(3, 23)[None], torch.arange(3, 80)[None]
+
+    def trained(ids):
+        model.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return took(recorder), len(graphs_of(model).owned())
+
+    first = [trained(short) for _ in range(ARRIVALS + 2)]
+    assert first == [(0, 0)] * ARRIVALS + [(8, 2)] * 2
+    assert graphs_of(model).idle == sum(own.nbytes for own in graphs_of(model).owned()) > 0
+    assert [trained(longer), trained(short), trained(longer)] == [(0, 0), (8, 2), (0, 0)]
+    assert [trained(longer), trained(short)] == [(8, 2), (8, 2)]
+    plain, by_graphs = make_model(**FAMILIES["qwen3"]).train(), gradients_of(model)
+    plain(input_ids=short, labels=short, use_cache=False).loss.backward()
+    for name, gradient in gradients_of(plain).items():
+        torch.testing.assert_close(by_graphs[name], gradient, rtol=1e-4, atol=1e-5)
+
+
 def test_other_adapters_and_no_gradients(folders):  # noqa: F811
     """No gradient: by a recording, where there is one. No adapter, or another one: not by it."""
     from peft import LoraConfig
