@@ -137,6 +137,8 @@ class Activations:
                 return 0, count
             return layers_that_keep(self.policy, sizes, tokens, reach, 0, 0, 0, free_of_host() + sum(pinned))
         free = free_bytes(device) - bytes_to_come(self.trained)
+        fused = fused_layer(self.layers[0])
+        free += fused.graphs.idle if fused is not None and fused.graphs is not None else 0
         left, light = left_beside(free, config, tokens), left_of_light(config, tokens)
         return layers_that_keep(self.policy, sizes, tokens, reach, free, left, light)
 

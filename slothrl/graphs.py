@@ -2,7 +2,8 @@
 
 A number of tokens gets recordings once it has come a few times in training and, with `model.graphs=auto`, one layer's
 eager forward has shown that the device waits for the host. The first layer decides for all, at its turn. Whatever has
-no recording runs as before: other numbers of tokens, switched or disabled adapters, another stream.
+no recording runs as before: other numbers of tokens, switched or disabled adapters, another stream. A layer that keeps
+all (no checkpoints) does so in buffers of its own, which stay; a second forward before the backward runs as before.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from slothrl_kernels.graphed_layer import Recorded, addresses, bucket, graphed_layer, record_layer
+from slothrl_kernels.graphed_layer import graphed_layer
 from slothrl_kernels.layer_frame import Frame, adapter_dtypes, frame_key, frame_widths
+from slothrl_kernels.layer_own import Own, own_bytes
 from slothrl_kernels.layer_parts import LayerParts
 from slothrl_kernels.layer_recorder import CudaGraphs, Recorder
+from slothrl_kernels.recorded_layer import Recorded, addresses, bucket, record_layer
 from torch import Tensor
 
 from slothrl.fuse_layer import fused_layer
@@ -37,21 +40,23 @@ class LayerGraphs:
     Args:
         wish: "auto" or "on".
         recorder: of the device that the model is on.
+        count: of layers.
     """
 
-    def __init__(self, wish: str, recorder: Recorder) -> None:
-        self.wish, self.recorder = wish, recorder
+    def __init__(self, wish: str, recorder: Recorder, count: int) -> None:
+        self.wish, self.recorder, self.count = wish, recorder, count
         self.recorded: OrderedDict[tuple, dict[Any, Recorded]] = OrderedDict()  # by kind of call, oldest use first
         self.paces: dict[tuple, Pace] = {}
         self.stopped: str | None = None  # why there are none any more
         self._frames: dict[tuple, Frame] = {}
+        self._own: dict[tuple, dict[Any, Own]] = {}  # of every layer that keeps all, by the frame's key
         self._arrived: Counter[tuple] = Counter()
         self._watched: Any = None
         self._moves = self._given_up = 0
 
     def __deepcopy__(self, memo: dict) -> LayerGraphs:
         """A copy of the model has weights elsewhere: it begins anew."""
-        return memo.setdefault(id(self), LayerGraphs(self.wish, type(self.recorder)()))
+        return memo.setdefault(id(self), LayerGraphs(self.wish, type(self.recorder)(), self.count))
 
     def run(self, layer: Any, eager: Callable[..., Tensor], x: Tensor, parts: LayerParts, save: bool) -> Tensor:
         """`decoder_layer(x, parts, save)`: by a recording of `layer`, or by `eager`."""
@@ -62,6 +67,8 @@ class LayerGraphs:
         recorded = self._recording(layer, kind, x, parts)
         if recorded is not None:
             return graphed_layer(x, parts, recorded, save)
+        if whole and torch.is_grad_enabled():
+            self._make_room(rows, x, parts)
         call = partial(eager, x, parts, save=save)
         if layer is self._watched and kind in self.paces and kind not in self.recorded and torch.is_grad_enabled():
             return self.paces[kind].watch(call)
@@ -69,8 +76,17 @@ class LayerGraphs:
 
     @property
     def nbytes(self) -> int:
-        """Device memory of frames and recordings."""
-        return sum(frame.nbytes for frame in self._frames.values()) + self.recorder.nbytes
+        """Device memory of frames, of layers' own buffers and of recordings."""
+        return sum(held.nbytes for held in (*self._frames.values(), *self.owned())) + self.recorder.nbytes
+
+    @property
+    def idle(self) -> int:
+        """Bytes of layers' own buffers that wait for the next forward: it takes no other memory for what it keeps."""
+        return sum(own.nbytes for own in self.owned() if not own.taken)
+
+    def owned(self) -> list[Own]:
+        """The own buffers of layers that keep all."""
+        return [own for layers in self._own.values() for own in layers.values()]
 
     def __str__(self) -> str:
         if self.stopped:
@@ -89,13 +105,18 @@ class LayerGraphs:
             return mine
         if not torch.is_grad_enabled() or len(adapter_dtypes(parts)) != 1:
             return None
-        if layers is None and not self._due(layer, kind, x, parts):
+        if layers is None and not (self._follows(layer, kind) or self._due(layer, kind, x, parts)):
             return None
         if mine is not None:
             self._moves += 1
             if self._moves > MOVES * len(layers or ()):
                 return self._stop("the adapters or weights are somewhere else at every call")
         return self._record(layer, kind, x, parts)
+
+    def _follows(self, layer: Any, kind: tuple) -> bool:
+        """Whether the first layer is recorded for as many tokens, and this one keeps more or less than that."""
+        rows, whole, dtype = kind
+        return self._watched in self.recorded.get((rows, not whole, dtype), ()) and layer is not self._watched
 
     def _due(self, layer: Any, kind: tuple, x: Tensor, parts: LayerParts) -> bool:
         """Whether recording of this kind of call begins now."""
@@ -114,14 +135,18 @@ class LayerGraphs:
     def _has_room(self, rows: int, x: Tensor, parts: LayerParts) -> bool:
         free = torch.cuda.mem_get_info(x.device)[0]
         free += torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
-        return free >= ROOM * rows * sum(frame_widths(parts, x).values()) * x.element_size()
+        own = self.count * own_bytes(rows, parts, x) if parts.keep == "all" else 0
+        return free >= ROOM * rows * sum(frame_widths(parts, x).values()) * x.element_size() + own
 
     def _record(self, layer: Any, kind: tuple, x: Tensor, parts: LayerParts) -> Recorded | None:
         try:
+            frame = self._frame(kind[0], x, parts)
+            own = self._own_of(layer, frame, x, parts)
+            if own is not None and own.taken:
+                return None  # what an earlier forward left is needed: another time
             if kind not in self.recorded:
                 self.recorder.begin()
-            frame = self._frame(kind[0], x, parts)
-            made = record_layer(parts, frame, kind[0], self.recorder)
+            made = record_layer(parts, frame, kind[0], self.recorder, own)
         except Exception as error:  # what cannot be recorded runs as before
             return self._stop(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
         if kind not in self.recorded and len(self.recorded) >= LIMIT:
@@ -138,16 +163,38 @@ class LayerGraphs:
             return old
         if old is not None:
             self._given_up += 1
-            for kind in [k for k, layers in self.recorded.items() if any(r.frame is old for r in layers.values())]:
-                del self.recorded[kind]
-            del self._frames[key], old
+            del old
+            self._drop(key)
         self._frames[key] = Frame(rows, parts, x)
         return self._frames[key]
+
+    def _make_room(self, rows: int, x: Tensor, parts: LayerParts) -> None:
+        """For a forward that keeps all elsewhere and more than before: the memory of those before would lie idle."""
+        key = frame_key(parts, x)
+        if key in self._frames and self._frames[key].capacity < rows:
+            self._drop(key)
+
+    def _drop(self, key: tuple) -> None:
+        """A frame, the recordings in it and the own buffers of its layers."""
+        frame = self._frames.pop(key)
+        for kind in [k for k, layers in self.recorded.items() if any(r.frame is frame for r in layers.values())]:
+            del self.recorded[kind]
+        self._own.pop(key, None)
+
+    def _own_of(self, layer: Any, frame: Frame, x: Tensor, parts: LayerParts) -> Own | None:
+        """A layer's own buffers, where it keeps all: for all recordings in one frame the same."""
+        if parts.keep != "all":
+            return None
+        layers = self._own.setdefault(frame.key, {})
+        if layer not in layers:
+            layers[layer] = Own(frame.capacity, parts, x)
+        return layers[layer]
 
     def _stop(self, why: str) -> None:
         self.stopped = why
         self.recorded.clear()
         self._frames.clear()
+        self._own.clear()
         self.recorder.close()
         warnings.warn(f"layers run without CUDA graphs from here on: {why}", stacklevel=2)
 
@@ -177,7 +224,7 @@ def graph_layers(model: Any, wish: str, recorder: Recorder | None = None, beside
         return [("graphs", f"none: {why}")]
     if beside_vllm and wish == "auto":
         return [("graphs", "none beside vLLM in this process (model.graphs=on to have them)")]
-    graphs = LayerGraphs(wish, recorder or CudaGraphs())
+    graphs = LayerGraphs(wish, recorder or CudaGraphs(), len(layers))
     for layer in layers:
         layer.graphs = graphs
     when = "" if wish == "on" else ", where the first steps show that the GPU waits for the host"
@@ -199,6 +246,7 @@ def graphs_of(model: Any) -> LayerGraphs | None:
 
 
 def pool_bytes(model: Any) -> int:
-    """Device memory that the recordings of a model's layers keep from everybody else, though nothing is in it."""
+    """Device memory that the recordings of a model's layers keep from everybody else, though nothing is in it; less
+    the layers' own buffers: the next micro-batch keeps its activations there."""
     graphs = graphs_of(model)
-    return 0 if graphs is None else graphs.recorder.nbytes
+    return 0 if graphs is None else graphs.recorder.nbytes - graphs.idle

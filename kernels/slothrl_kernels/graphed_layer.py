@@ -2,75 +2,25 @@
 
 Same arguments, same results, and what is kept is kept as there. The number of tokens is rounded up to that of the
 recording with rows of zeros (`Frame`); sequences, masks and packs are attention's business, which is not recorded.
+Layers that keep all are in `kept_layer`.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slothrl_kernels.decoder_layer import _backward, _Kept, _versions
+from slothrl_kernels.decoder_layer import _backward, _Kept, _versions, decoder_layer
+from slothrl_kernels.kept_layer import kept_layer
 from slothrl_kernels.layer_attention import attention, attention_backward, kept_of
 from slothrl_kernels.layer_frame import Frame
 from slothrl_kernels.layer_parts import LayerParts
-from slothrl_kernels.layer_recorder import Recorder, Replay
-from slothrl_kernels.layer_steps import LayerSteps, turned_in
+from slothrl_kernels.layer_steps import turned_in
 from slothrl_kernels.lora_flat import views_of_gradients
-
-KEPT = ("u", "inner", "of_o", "of_down")  # of a frame and of `_Kept`: what a layer that keeps all gives away
-GRAIN = 16  # the fewest rows two buckets are apart, and into how many an octave is divided
-
-
-class Recorded(NamedTuple):
-    """One layer's steps at one number of rows, recorded.
-
-    parts: what they were recorded for, held because a recording reads it; addresses: where it was then.
-    """
-
-    frame: Frame
-    rows: int
-    parts: LayerParts
-    addresses: tuple
-    before: Replay
-    after: Replay
-    middle: Replay
-    last: Replay
-
-    @property
-    def whole(self) -> bool:
-        """Whether its backward takes u, gate and up as the forward kept them; else it computes them again."""
-        return self.parts.keep == "all"
-
-
-def bucket(tokens: int) -> int:
-    """The number of rows that `tokens` are rounded up to: the next multiple of at most a 16th of them, and of 16."""
-    grain = max(GRAIN, 1 << max(0, (tokens // GRAIN).bit_length() - 1))
-    return -(-tokens // grain) * grain
-
-
-def addresses(parts: LayerParts) -> tuple:
-    """Where a layer's weights and adapters are in memory, with its scalings: a recording reads them there."""
-    found: list[Any] = [weight.data_ptr() for weight in parts.norm_weights()]
-    for p in parts.projections:
-        weight = p.weight.data_ptr() if isinstance(p.weight, Tensor) else id(p.weight)  # held by the recording
-        found += [weight, *(None if t is None else t.data_ptr() for t in (p.bias, p.a, p.b)), p.scaling]
-    return tuple(found)
-
-
-def record_layer(parts: LayerParts, frame: Frame, rows: int, recorder: Recorder) -> Recorded:
-    """Record a layer over `rows` rows of a frame, whose contents are lost.
-
-    Raises: whatever a step or the recorder raises; ValueError for parts that `decoder_layer` would not take.
-    """
-    parts.check(frame.rows("x", rows)[None])
-    steps = LayerSteps(parts, frame, rows)
-    with torch.no_grad(), torch.autocast(frame.found.device.type, enabled=False):
-        made = [recorder.record(step) for step in (steps.before, steps.after, steps.middle, steps.last)]
-    frame.clear()
-    return Recorded(frame, rows, steps.parts, addresses(parts), *made)
+from slothrl_kernels.recorded_layer import Recorded, addresses
 
 
 def graphed_layer(x: Tensor, parts: LayerParts, recorded: Recorded, save: bool = True) -> Tensor:
@@ -78,7 +28,8 @@ def graphed_layer(x: Tensor, parts: LayerParts, recorded: Recorded, save: bool =
 
     Args:
         x: (B, S, h), at most recorded.rows tokens. parts, save: as `decoder_layer` takes them.
-        recorded: of parts with the same `addresses`, which keep all where these do.
+        recorded: of parts with the same `addresses`, which keep all where these do. Where they do, and the layer's own
+            buffers are in use or these do not, `decoder_layer` itself computes what a backward is to follow.
 
     Returns:
         (B, S, h) of x's dtype.
@@ -89,7 +40,11 @@ def graphed_layer(x: Tensor, parts: LayerParts, recorded: Recorded, save: bool =
     if x.size(0) * x.size(1) > recorded.rows or (parts.keep == "all" and not recorded.whole):
         kept = f"{parts.keep!r} for one of {recorded.parts.keep!r}"
         raise ValueError(f"{tuple(x.shape)} for a recording of {recorded.rows} tokens, {kept}")
+    if recorded.own is not None and (recorded.own.taken or (parts.keep != "all" and torch.is_grad_enabled())):
+        return decoder_layer(x, parts, save)
     with torch.autocast(x.device.type, enabled=False):
+        if recorded.own is not None:
+            return kept_layer(x, parts, recorded, save)
         return _GraphedLayer.apply(x, parts, recorded, save, *parts.adapters())  # pyright: ignore
 
 
@@ -108,11 +63,9 @@ class _GraphedLayer(torch.autograd.Function):
         attended = attention(turned_in(frame, x.shape, parts, keep != "input"), parts, keep != "input")
         frame.fill("rows", attended.rows)
         recorded.after()
-        frame.wrote(rows, "state", *KEPT)
+        frame.wrote(rows, "state")
         if follows:
-            names = KEPT[: 2 if parts.after is None else 4] if keep == "all" else ()
-            kept = [frame.rows(name, tokens).clone() for name in names]
-            ctx.kept = _Kept(None, kept_of(attended, parts), *kept)
+            ctx.kept = _Kept(None, kept_of(attended, parts))
             ctx.parts = parts._replace(keeper=None)  # it serves once: a second backward keeps nothing
             ctx.recorded, ctx.versions = recorded, _versions(adapters)
             ctx.held = None if save else x
@@ -129,7 +82,7 @@ class _GraphedLayer(torch.autograd.Function):
         to_rows = to_y[0].reshape(-1, x.size(-1))
         moved = ctx.recorded.addresses != addresses(parts)  # since the forward: what was kept serves all the same
         with torch.autocast(x.device.type, enabled=False):
-            if moved or (ctx.recorded.whole and kept.u is None):  # a second backward
+            if moved:
                 to_x, found = _backward(x, to_rows, parts, kept)
             else:
                 to_x, found = _replayed(x, to_rows, parts, ctx.recorded, kept)
@@ -148,12 +101,10 @@ def _replayed(
         attended = attention(turned_in(frame, x.shape, parts, copied=False), parts, watched=True)
     else:
         attended = kept.attended
-    given = zip(KEPT, (kept.u, kept.inner, kept.of_o, kept.of_down), strict=True)
-    for name, source in (("rows", attended.rows), ("state", to_y), *given):
-        if source is not None:
-            frame.fill(name, source)
+    frame.fill("rows", attended.rows)
+    frame.fill("state", to_y)
     recorded.middle()
-    frame.wrote(rows, "rows", "to_u", "inner")
+    frame.wrote(rows, "rows", "to_u")
     if parts.norms is not None and kept.attended is not None and attended.raw is not None:
         frame.fill("qkv", attended.raw)
     target = "qkv" if parts.norms is None else "turned"

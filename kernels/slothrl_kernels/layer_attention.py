@@ -126,10 +126,12 @@ def kept_of(attended: Attended, parts: LayerParts) -> Attended | Parked | None:
     return attended if parts.keeper is None or parts.keep == "all" else Parked(attended, parts.keeper)
 
 
-def attend_backward(to_out: Tensor, attended: Attended | Parked, shape: torch.Size, parts: LayerParts) -> Tensor:
-    """The gradient of qkv (M, N) from that of the output's rows (M, heads * width)."""
+def attend_backward(
+    to_out: Tensor, attended: Attended | Parked, shape: torch.Size, parts: LayerParts, out: Tensor | None = None
+) -> Tensor:
+    """The gradient of qkv (M, N), in `out` or new memory, from that of the output's rows (M, heads * width)."""
     heads = parts.heads + 2 * parts.kv_heads
-    beside = to_out.new_empty(to_out.size(0), heads * parts.width)
+    beside = to_out.new_empty(to_out.size(0), heads * parts.width) if out is None else out
     tables, raw = parts.tables, attended.raw  # before its keeper is done
     to_q, to_k, to_v = attended.differentiated(to_out)
     q, k, v = heads_of(beside, shape, parts)

@@ -1,8 +1,9 @@
 """Memory of fixed addresses for the recorded steps of decoder layers: what goes into them, between them, and out.
 
 All layers of one shape take turns in one frame, since they run one after the other; what must outlive a layer's turn is
-copied out. A step always runs over as many rows as it was recorded with. Rows beyond a call's tokens are zeros wherever
-a step reads what was put in: zeros give zero gradients in every sum over rows, so nothing of them reaches a parameter.
+copied out, or lies in buffers of the layer's own where it keeps all (`layer_own`). A step always runs over as many rows
+as it was recorded with. Rows beyond a call's tokens are zeros wherever a step reads what was put in: zeros give zero
+gradients in every sum over rows, so nothing of them reaches a parameter.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from slothrl_kernels.layer_parts import LayerParts
-from slothrl_kernels.lora_flat import AdapterGradients
+from slothrl_kernels.lora_flat import AdapterGradients, rank_of
 
 VIEWS = 512  # kept at most
 
@@ -24,44 +25,47 @@ def frame_widths(parts: LayerParts, x: Tensor) -> dict[str, int]:
 
     x: the layer's input. qkv: as projected, and rotated where no norms come first. turned: normed and rotated, later
     the gradient of q, k and v, which takes qkv's place without norms. rows: attention's output, then its gradient.
-    state: the layer's output, then that one's gradient, then the input's. to_u: the gradient after attention. u, inner:
-    what a layer that keeps all gives away and gets back, with what o and down gave where norms follow. cos, sin.
+    state: the layer's output, then that one's gradient, then the input's. to_u: the gradient after attention. cos, sin.
+
+    Of layers that keep all: x; rows beside its rank products, as o takes it, to_rows its gradient; to_y the output's
+    gradient beside its products, as down takes it (where a norm follows, what that makes of the one in state); to_u
+    likewise for o (to_o where a norm follows); to_qkv; to_n the first norm's, beside the products; product what goes
+    into down, beside its products, where `gives_apart`; state.
     """
     hidden, wide = x.size(-1), parts.heads * parts.width
     qkv = wide + 2 * parts.kv_heads * parts.width
-    widths = {"x": hidden, "qkv": qkv, "rows": wide, "state": hidden, "to_u": hidden}
-    if parts.norms is not None:
-        widths["turned"] = qkv
     if parts.keep == "all":
-        widths |= {"u": hidden, "inner": sum(p.weight.shape[0] for p in parts.inner)}
-        widths |= {"of_o": hidden, "of_down": hidden} if parts.after is not None else {}
+        onto_o, onto_down = (hidden + rank_of((p,)) for p in (parts.o, parts.down))
+        widths = {"x": hidden, "rows": wide + rank_of((parts.o,)), "to_rows": wide, "to_qkv": qkv, "state": hidden}
+        widths |= {"to_y": onto_down, "to_u": onto_o} | ({} if parts.after is None else {"to_o": onto_o})
+        widths["to_n"] = hidden + rank_of(parts.qkv)
+        widths |= {"product": _into_down(parts)} if gives_apart(parts) else {}
+    else:
+        widths = {"x": hidden, "qkv": qkv, "rows": wide, "state": hidden, "to_u": hidden}
+        widths |= {} if parts.norms is None else {"turned": qkv}
     if parts.tables is not None:
         widths |= {"cos": parts.tables[0].size(-1), "sin": parts.tables[1].size(-1)}
     return widths
 
 
-class Frame:
-    """Buffers (capacity, width) of x's dtype and device, zeros at first, and `found`: a layer's adapter gradients.
+class Buffers:
+    """Named buffers (capacity, width) of a dtype and device, zeros at first.
 
     Args:
         capacity: rows.
-        parts, x: of any layer that is to use it.
+        widths: entries a row of each.
+        like: any tensor of the dtype and device.
     """
 
-    def __init__(self, capacity: int, parts: LayerParts, x: Tensor) -> None:
-        self.capacity, self.key = capacity, frame_key(parts, x)
-        self._held = {name: x.new_zeros(capacity, width) for name, width in frame_widths(parts, x).items()}
+    def __init__(self, capacity: int, widths: dict[str, int], like: Tensor) -> None:
+        self.capacity = capacity
+        self._held = {name: like.new_zeros(capacity, width) for name, width in widths.items()}
         self._views: dict[tuple, Any] = {}
         self._filled = dict.fromkeys(self._held, 0)  # rows from here on are zeros
-        counts = [AdapterGradients([group], x.new_empty(0)).places.count for group in parts.groups]
-        self.first, (dtype,) = counts[0], adapter_dtypes(parts)
-        self.found = torch.zeros(sum(counts), dtype=dtype, device=x.device)  # of q, k and v first
-        self._tables: tuple[Tensor, Tensor] | None = None
-        self._seen: list[Any] = []
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (self.found, *self._held.values()))
+        return sum(x.nbytes for x in self._held.values())
 
     def rows(self, name: str, count: int) -> Tensor:
         """(count, width), the first rows of a buffer."""
@@ -75,9 +79,17 @@ class Frame:
             self._views[key] = make()
         return self._views[key]
 
+    def left(self, name: str, count: int, width: int) -> Tensor:
+        """(count, width), the left columns of `rows`."""
+        return self.view((name, count, width), lambda: self._held[name][:count, :width])
+
+    def right(self, name: str, count: int, begin: int) -> Tensor:
+        """(count, the rest), the columns of `rows` from `begin` on."""
+        return self.view((name, count, begin, "right"), lambda: self._held[name][:count, begin:])
+
     def fill(self, name: str, source: Tensor) -> None:
-        """source (M, width) into the first rows; zeros behind them."""
-        self.rows(name, source.size(0)).copy_(source)
+        """source (M, width or fewer) into the left of the first rows; zeros below them."""
+        self.left(name, *source.shape).copy_(source)
         self.end(name, source.size(0))
 
     def end(self, name: str, count: int) -> None:
@@ -97,6 +109,35 @@ class Frame:
         for name, held in self._held.items():
             held.zero_()
             self._filled[name] = 0
+
+
+class Frame(Buffers):
+    """The buffers of `frame_widths`, and `found`: a layer's adapter gradients, in the adapters' dtype.
+
+    Where layers keep all: `found` in the computation's dtype; `joined` [W | B] of down (h, F + R), where `gives_apart`.
+
+    Args:
+        capacity: rows.
+        parts, x: of any layer that is to use it.
+    """
+
+    def __init__(self, capacity: int, parts: LayerParts, x: Tensor) -> None:
+        super().__init__(capacity, frame_widths(parts, x), x)
+        self.key = frame_key(parts, x)
+        counts = [AdapterGradients([group], x.new_empty(0)).places.count for group in parts.groups]
+        self.first, (dtype,) = counts[0], adapter_dtypes(parts)
+        whole = parts.keep == "all"
+        self.found = x.new_zeros(sum(counts), dtype=x.dtype if whole else dtype)  # of q, k and v first
+        self.joined = x.new_zeros(x.size(-1), _into_down(parts) if whole and gives_apart(parts) else 0)
+        self._tables: tuple[Tensor, Tensor] | None = None
+        self._seen: list[Any] = []
+
+    @property
+    def nbytes(self) -> int:
+        return self.found.nbytes + self.joined.nbytes + super().nbytes
+
+    def clear(self) -> None:
+        super().clear()
         self._tables = None
 
     def set_tables(self, tables: tuple[Tensor, Tensor] | None, shape: torch.Size) -> None:
@@ -117,6 +158,16 @@ def frame_key(parts: LayerParts, x: Tensor) -> tuple:
     """Equal for layers that can use one frame."""
     sizes = tuple((p.rank, *p.weight.shape) for p in parts.projections)
     return (x.dtype, x.device, adapter_dtypes(parts), sizes, tuple(frame_widths(parts, x).items()))
+
+
+def gives_apart(parts: LayerParts) -> bool:
+    """Whether a layer's output is one GEMM onto its residual, of a weight that is unpacked before."""
+    down = parts.down
+    return not isinstance(down.weight, Tensor) and down.bias is None and parts.after is None
+
+
+def _into_down(parts: LayerParts) -> int:
+    return parts.down.weight.shape[1] + rank_of((parts.down,))
 
 
 def adapter_dtypes(parts: LayerParts) -> tuple[torch.dtype, ...]:

@@ -7,6 +7,7 @@
 
 They are `decoder_layer`'s own computation, cut at attention, whose shapes follow the sequences; a step follows the
 number of tokens alone, so it can be recorded once. Nothing of a step outlives it but what it copies into the frame.
+Layers that keep all have steps of their own (`kept_steps`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class LayerSteps:
 
     def __init__(self, parts: LayerParts, frame: Frame, count: int) -> None:
         tables = parts.tables and (frame.rows("cos", count)[None], frame.rows("sin", count)[None])
-        self.parts = parts._replace(tables=tables, attend=_not_here, keeper=None)
+        self.parts = parts._replace(tables=tables, attend=not_here, keeper=None)
         self.frame, self.count = frame, count
         self.shape = torch.Size((1, count, frame.rows("x", count).size(1)))
 
@@ -50,36 +51,24 @@ class LayerSteps:
     def after(self) -> None:
         x, parts = self.rows("x"), self.parts
         values = adapter_values(parts.groups[1:], x)
-        (u, of_o), _ = _onto_residual(LoraOnto(parts.o, values[0], x, parts.impl), self.rows("rows"), x, parts)
+        (u, _), _ = _onto_residual(LoraOnto(parts.o, values[0], x, parts.impl), self.rows("rows"), x, parts)
         normed = _normed(u, parts.second, parts.inner, values[1], parts)
         down = LoraOnto(parts.down, values[2], x, parts.impl)
-        both, inner = product(normed.group, normed.both, down, parts, kept=parts.keep == "all")
-        if inner is not None:
-            self.rows("u").copy_(u)
-            self.rows("inner").copy_(inner)
-        del normed, inner
-        _, of_down = add_onto(down, both, u, parts.after_down(), parts.impl, self.rows("state"))
-        if parts.keep == "all" and of_o is not None and of_down is not None:
-            self.rows("of_o").copy_(of_o)
-            self.rows("of_down").copy_(of_down)
+        both, _ = product(normed.group, normed.both, down, parts, kept=False)
+        del normed
+        add_onto(down, both, u, parts.after_down(), parts.impl, self.rows("state"))
 
     def middle(self) -> None:
         x, parts, rows = self.rows("x"), self.parts, self.rows("rows")
         values = adapter_values(parts.groups[1:], x)
         gradients = AdapterGradients(parts.groups[1:], x)
         onto = LoraOnto(parts.o, values[0], x, parts.impl)
-        if parts.keep == "all":
-            u, inner, shrunk = self.rows("u"), self.rows("inner"), onto.shrink(rows)
-            of_o, of_down = (None if parts.after is None else self.rows(name) for name in ("of_o", "of_down"))
-        else:
-            (u, of_o), shrunk = _onto_residual(onto, rows, x, parts)
-            inner, of_down, shrunk = None, None, shrunk.contiguous()
-        to_y = self.rows("state")
-        to_u = _mlp_backward(u, to_y, parts, values[1:], (inner, of_down), onto, gradients.found[1:])
-        del u, inner, of_down
+        (u, of_o), shrunk = _onto_residual(onto, rows, x, parts)
+        to_u = _mlp_backward(u, self.rows("state"), parts, values[1:], (None, None), onto, gradients.found[1:])
+        del u
         to_o = _before_norm(to_u, of_o, parts, onto)  # [do | do B]
         onto.expand_into(to_o)
-        onto.parameter_gradients(rows, shrunk, to_o, gradients.found[0])
+        onto.parameter_gradients(rows, shrunk.contiguous(), to_o, gradients.found[0])
         onto.times_weight(to_o, rows)  # over attention's output
         self.rows("to_u").copy_(to_u[:, : x.size(1)])
         self.frame.found[self.frame.first :].copy_(gradients.flat)
@@ -107,11 +96,11 @@ def turned_in(frame: Frame, shape: torch.Size, parts: LayerParts, copied: bool) 
         over = frame.rows("turned", tokens)[:, : (parts.heads + parts.kv_heads) * parts.width]
     if not copied:
         key = "heads", *shape[:2], parts.heads, parts.kv_heads, parts.width  # another layer's may be others of one size
-        return frame.view(key, lambda: _heads_in(qkv, over, shape, parts))
-    return _heads_in(qkv.clone(), None if over is None else over.contiguous(), shape, parts)
+        return frame.view(key, lambda: heads_in(qkv, over, shape, parts))
+    return heads_in(qkv.clone(), None if over is None else over.contiguous(), shape, parts)
 
 
-def _heads_in(qkv: Tensor, over: Tensor | None, shape: torch.Size, parts: LayerParts) -> Turned:
+def heads_in(qkv: Tensor, over: Tensor | None, shape: torch.Size, parts: LayerParts) -> Turned:
     """Views of q, k and v (M, N), or of the normed q and k (M, N') with the raw q, k and v beside them."""
     q, k, v = heads_of(qkv, shape, parts)
     if over is None:
@@ -120,5 +109,5 @@ def _heads_in(qkv: Tensor, over: Tensor | None, shape: torch.Size, parts: LayerP
     return Turned(qkv, heads[0].transpose(1, 2), heads[1].transpose(1, 2), v)
 
 
-def _not_here(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def not_here(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     raise RuntimeError("attention is between a layer's steps and not in one")

@@ -27,13 +27,16 @@ class Adapters(NamedTuple):
     b: list[Tensor | None]
 
 
-def adapter_values(groups: Groups, like: Tensor) -> list[Adapters]:
+def adapter_values(groups: Groups, like: Tensor, flat: Tensor | None = None) -> list[Adapters]:
     """A' and B of every group in the dtype and on the device of `like`; rows that only fill up A' are zeros.
 
     The scaling multiplies A after it is rounded: a power of two, as alpha / r mostly is, rounds nothing more.
+
+    Args:
+        flat: (`count_of(groups)`,) of that dtype and device: where they go, instead of new memory.
     """
     places = _places_of(groups)
-    found = _views(places, like.new_empty(places.count))
+    found = _views(places, like.new_empty(places.count) if flat is None else flat)
     targets, sources, scaled, scales = [], [], [], []
     for group, adapters, place in zip(groups, found, places.groups, strict=True):
         if adapters.a is None:
@@ -57,12 +60,12 @@ def adapter_values(groups: Groups, like: Tensor) -> list[Adapters]:
 class AdapterGradients:
     """Memory for the gradients of every group's adapters: of A, as `gradient_of_a` writes it, and of every B.
 
-    found: written to by whoever computes them, all of it.
+    found: written to by whoever computes them, all of it. flat: as `adapter_values` takes it.
     """
 
-    def __init__(self, groups: Groups, like: Tensor) -> None:
+    def __init__(self, groups: Groups, like: Tensor, flat: Tensor | None = None) -> None:
         self.groups, self.places = groups, _places_of(groups)
-        self.flat = like.new_empty(self.places.count)
+        self.flat = like.new_empty(self.places.count) if flat is None else flat
         self.found = _views(self.places, self.flat)
 
     def finish(self) -> list[Tensor | None]:
@@ -79,6 +82,21 @@ class AdapterGradients:
                 else:
                     result += [adapters.a[span].to(p.a.dtype), b.to(p.b.dtype)]
         return result
+
+
+def count_of(groups: Groups) -> int:
+    """Entries that all adapters of these groups take beside each other."""
+    return _places_of(groups).count
+
+
+def adapters_in(groups: Groups, flat: Tensor) -> list[Adapters]:
+    """What `adapter_values` put into `flat`."""
+    return _views(_places_of(groups), flat)
+
+
+def rank_of(group: Sequence[Projection]) -> int:
+    """R, the rows of A': the ranks' sum rounded up to 8."""
+    return -(-sum(p.rank for p in group) // 8) * 8
 
 
 def views_of_gradients(groups: Groups, flat: Tensor) -> list[Tensor | None]:

@@ -77,12 +77,18 @@ class LoraGroup:
         if self.a is not None:
             torch.mm(both[:, : self.inputs], self.a.T, out=both[:, self.inputs :])
 
-    def input_gradient(self, to_y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """dx (M, K) and every dy_i B_i (M, R) from all dy_i beside each other (M, N)."""
+    def input_gradient(self, to_y: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """dx (M, K) and every dy_i B_i (M, R) from all dy_i beside each other (M, N).
+
+        Args:
+            out: (M, K + R), whose left columns take dx, instead of new memory.
+        """
         if not self._packed:
-            return self._input_gradient_dense(to_y)
+            to_x, to_xa = self._input_gradient_dense(to_y)
+            return to_x if out is None else out[:, : self.inputs].copy_(to_x), to_xa
         whole, self._whole = self._whole, None
-        wide = to_y @ (self._unpacked() if whole is None else whole)  # (M, K + R)
+        wide = to_y.new_empty(to_y.size(0), self.inputs + self.rank) if out is None else out
+        torch.mm(to_y, self._unpacked() if whole is None else whole, out=wide)
         if self.a is None:
             return wide, None
         to_xa = wide[:, self.inputs :]
@@ -164,8 +170,7 @@ class LoraOnto:
         """
         p, inputs = self.projection, self.inputs
         x, xa = both[:, :inputs], both[:, inputs:]
-        if self.a is not None:
-            torch.mm(x, self.a.T, out=xa)
+        self.shrink_into(both)
         if isinstance(p.weight, Tensor):
             y = x @ dense(p.weight, both.dtype).T
             if self.b is not None:
@@ -174,11 +179,20 @@ class LoraOnto:
             if residual is not None:
                 return torch.add(y, residual, out=y if out is None else out)
             return y if out is None else out.copy_(y)
-        whole = both.new_empty(self.outputs, inputs + self.rank)  # [W | B]
-        unpack_group([Part(p.weight, self.b)], whole, impl=self.impl)
+        whole = self.joined()
         y = both.new_empty(both.size(0), self.outputs) if out is None else out
         torch.mm(both, whole.T, out=y) if residual is None else torch.addmm(residual, both, whole.T, out=y)
         return y if p.bias is None else y.add_(p.bias.detach())
+
+    def shrink_into(self, both: Tensor) -> None:
+        """x A'^T into the right columns of both (M, K + R)."""
+        if self.a is not None:
+            torch.mm(both[:, : self.inputs], self.a.T, out=both[:, self.inputs :])
+
+    def joined(self, out: Tensor | None = None) -> Tensor:
+        """[W | B] (N, K + R) of a packed W, in `out` or new memory."""
+        whole = self.like.new_empty(self.outputs, self.inputs + self.rank) if out is None else out
+        return unpack_group([Part(self.projection.weight, self.b)], whole, impl=self.impl)
 
     def shrink(self, x: Tensor) -> Tensor | None:
         """x A'^T (M, R)."""

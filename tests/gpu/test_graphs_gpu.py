@@ -4,11 +4,13 @@ import threading
 
 import pytest
 import torch
+from slothrl_kernels import kept_steps
 from slothrl_kernels.decoder_layer import decoder_layer
-from slothrl_kernels.graphed_layer import bucket, graphed_layer, record_layer
+from slothrl_kernels.graphed_layer import graphed_layer
 from slothrl_kernels.layer_frame import Frame
 from slothrl_kernels.layer_recorder import CudaGraphs
 from slothrl_kernels.layer_reference import decoder_layer_reference
+from slothrl_kernels.recorded_layer import bucket, record_layer
 
 from slothrl.activations import keep_activations
 from slothrl.fuse import fuse
@@ -20,6 +22,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+OF_B = (9, 15)  # o's and down's, among y, dx, and dA and dB of q, k, v, o, gate, up, down
 CLOSE = 0.03  # relative distance of gradients in bf16 whose GEMMs have other shapes
 
 
@@ -34,12 +37,19 @@ def played(rows):
     return call
 
 
-@pytest.mark.parametrize("keep", ["input", "attention", "all"])
+@pytest.mark.parametrize("keep", ["input", "attention", "all", "all, ends apart"])
 @pytest.mark.parametrize("shape", LAYERS)
-def test_a_layer_to_the_bit(shape, keep):
-    """The same kernels over the same numbers of rows; attention in plain torch, which adds up in one order."""
+def test_a_layer_to_the_bit(shape, keep, monkeypatch):
+    """The same kernels over the same numbers of rows; attention in plain torch, which adds up in one order.
+
+    What keeps all has o's and down's rank products from its forward, whose GEMMs read rows at another distance: the
+    gradients of their B may be rounded differently.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
+    if keep.endswith("apart"):
+        monkeypatch.setattr(kept_steps, "APART", 1)
+        keep = "all"
     layer, group = layer_of(shape, keep)
     x = torch.randn(
         TOKENS, LAYERS[shape][0], device="cuda", generator=torch.Generator("cuda").manual_seed(7)
@@ -48,13 +58,16 @@ def test_a_layer_to_the_bit(shape, keep):
         eager = results(lambda x, g: layer(decoder_layer, x, g), x, group, torch.bfloat16)
         ours = results(lambda x, g: layer(played(TOKENS), x, g), x, group, torch.bfloat16)
     for i, (a, b) in enumerate(zip(ours, eager, strict=True)):
-        assert torch.equal(a, b), (i, ((a - b).norm() / b.norm()).item())
+        apart = ((a - b).norm() / b.norm()).item()
+        assert torch.equal(a, b) or (keep == "all" and i in OF_B and apart < CLOSE / 10), (i, apart)
 
 
+@pytest.mark.parametrize("keep", ["input", "all"])
 @pytest.mark.parametrize("shape", LAYERS)
-def test_a_layer_with_rows_to_spare(shape):
+def test_a_layer_with_rows_to_spare(shape, keep, monkeypatch):
     """No further from float64 than the reference in bf16, with a quarter more rows than tokens."""
-    layer, group = layer_of(shape, "input")
+    monkeypatch.setattr(kept_steps, "APART", TOKENS)
+    layer, group = layer_of(shape, keep)
     ours = lambda x, g: layer(played(TOKENS + TOKENS // 4), x, g)  # noqa: E731
     assert_no_worse(ours, lambda x, g: layer(decoder_layer_reference, x, g), group)
 
@@ -160,6 +173,49 @@ def test_memory_does_not_grow():
     assert graphs is not None and len(graphs.recorded) == 2
     assert all(len({allocated for allocated, _ in seen[-start::2]}) == 1 for start in (30, 29))
     assert seen[-1][1] == seen[-30][1]
+
+
+def test_layers_that_keep_all_in_buffers_of_their_own():
+    """Two graphs alive together, one dropped, an evaluation between: exact, in memory that is there after each step."""
+    model, sizes = adapted("0.6b, 4 layers"), [ids_of(2, 1024), ids_of(1, 1500, 1)]
+    model.get_base_model().gradient_checkpointing_disable()
+    fuse(model)
+    eager = [step(model, ids) for ids in sizes]
+    graph_layers(model, "on")
+    for _ in range(ARRIVALS + 2):
+        for ids, wanted in zip(sizes, eager, strict=True):
+            assert_close(step(model, ids), wanted)
+    graphs = graphs_of(model)
+    assert graphs is not None and len(graphs.recorded) == 2 and len(graphs.owned()) == 4
+
+    def loss_of(ids):
+        with torch.autocast("cuda", torch.bfloat16):
+            return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    def finished(loss):
+        model.zero_grad()
+        loss.backward()
+        return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    losses = [loss_of(ids) for ids in sizes]
+    assert all(own.taken for own in graphs.owned())
+    for i in (1, 0):
+        assert_close(finished(losses[i]), eager[i])
+    assert not any(own.taken for own in graphs.owned())
+    losses = loss_of(sizes[0])
+    with torch.no_grad():
+        assert loss_of(sizes[1]).item() == pytest.approx(eager[1][0], rel=1e-3)
+    assert_close(finished(losses), eager[0])
+    losses = loss_of(sizes[1])
+    losses = None
+    assert not any(own.taken for own in graphs.owned())
+    seen = []
+    for _ in range(6):
+        assert_close(step(model, sizes[0]), eager[0])
+        model.zero_grad()
+        torch.cuda.synchronize()
+        seen.append(torch.cuda.memory_allocated())
+    assert len(set(seen[1:])) == 1 and not graphs.stopped
 
 
 def test_what_cannot_be_captured_runs_as_before():

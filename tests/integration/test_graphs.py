@@ -5,11 +5,12 @@ Recordings are re-run here and not CUDA graphs: frames, buckets and addresses ar
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
-from slothrl_kernels.graphed_layer import bucket
 from slothrl_kernels.layer_recorder import Rerun
+from slothrl_kernels.recorded_layer import bucket
 from test_fuse import IDS, NF4, adapted, assert_same, folders, gradients_of, random_b, step  # noqa: F401
 from test_fuse_layer import Launches, checkpointed
 from test_packed_model import assert_same as assert_same_pack
@@ -17,7 +18,7 @@ from test_packed_model import by_pack, by_rows, ids_and_weights, make_model
 from transformers import BitsAndBytesConfig
 
 from slothrl.activations import keep_activations
-from slothrl.fit_activations import MicroBatch, Route, fused_mlp_bytes, graphed_bytes
+from slothrl.fit_activations import MicroBatch, Route, fused_mlp_bytes, graphed_bytes, kept_frame_bytes
 from slothrl.fit_shape import Shape
 from slothrl.fuse import fuse, unfuse
 from slothrl.graphs import ARRIVALS, graph_layers, graphs_of
@@ -79,6 +80,22 @@ def test_the_same_training(family, policy, folders):  # noqa: F811
     assert took(recorder) == 2 * (5 if policy == "layer" else 4) and recorder.records == 8
 
 
+def test_layers_that_keep_more_and_less(folders, monkeypatch):  # noqa: F811
+    """The first keeps everything, the second its attention or its input: each has a recording of its kind."""
+    model = checkpointed(adapted(folders("qwen3")))
+    plain, recorder = step(model), graphed(model)
+    keep_activations(model, "all")
+    kept = vars(model)["_slothrl_activations"]
+    for attending, turns in ((1, ARRIVALS + 2), (0, 1)):
+        monkeypatch.setattr(kept, "_how_many", lambda *_, attending=attending: (1, attending))
+        for _ in range(turns):
+            took(recorder)
+            assert_same(step(model), plain)
+        assert took(recorder) == (8 if attending else 9)
+    kinds = {kind[1]: len(layers) for kind, layers in graphs_of(model).recorded.items()}
+    assert kinds == {True: 1, False: 1}
+
+
 def test_padded_rows_accumulated_and_without_checkpoints(folders):  # noqa: F811
     model = adapted(folders("qwen3"))
     mask = torch.ones_like(IDS)
@@ -122,6 +139,27 @@ def test_packs_of_several_sizes():
     model.zero_grad()
     assert "1 recorded (80 tokens)" in str(graphs_of(model))
     assert_same_pack(by_pack(model, ids, weights), rows)
+
+
+def test_longer_ones_without_checkpoints():
+    """What is longer than all before needs the memory that layers held for themselves; the others record anew."""
+    model = make_model(**FAMILIES["qwen3"]).train()
+    recorder, short, longer = graphed(model), torch.arange(3, 23)[None], torch.arange(3, 80)[None]
+
+    def trained(ids):
+        model.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return took(recorder), len(graphs_of(model).owned())
+
+    first = [trained(short) for _ in range(ARRIVALS + 2)]
+    assert first == [(0, 0)] * ARRIVALS + [(8, 2)] * 2
+    assert graphs_of(model).idle == sum(own.nbytes for own in graphs_of(model).owned()) > 0
+    assert [trained(longer), trained(short), trained(longer)] == [(0, 0), (8, 2), (0, 0)]
+    assert [trained(longer), trained(short)] == [(8, 2), (8, 2)]
+    plain, by_graphs = make_model(**FAMILIES["qwen3"]).train(), gradients_of(model)
+    plain(input_ids=short, labels=short, use_cache=False).loss.backward()
+    for name, gradient in gradients_of(plain).items():
+        torch.testing.assert_close(by_graphs[name], gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_other_adapters_and_no_gradients(folders):  # noqa: F811
@@ -221,6 +259,16 @@ def test_how_much_is_launched_and_held(folders, monkeypatch):  # noqa: F811
     predicted = graphed_bytes(shape, batch, Route()) - fused_mlp_bytes(shape, batch, 2, quantized=True)
     adapters = sum(p.numel() for p in decoder.layers[0].parameters() if p.requires_grad)
     assert graphs_of(model).nbytes == predicted + 608 * 2 * 32 * 2 + 4 * adapters  # tables, gradients
+    held, whole = graphs_of(model).nbytes, replace(shape, rank=8)
+    model.get_base_model().gradient_checkpointing_disable()
+    for _ in range(ARRIVALS + 1):
+        with torch.autocast("cpu", torch.bfloat16):
+            decoder.layers[0](x, attention_mask=None, position_embeddings=tables, use_cache=False).sum().backward()
+    (own,) = graphs_of(model).owned()
+    beside = 608 * (8 + 2 * (2 * 128 + 7 * 8))  # what a layer holds that it would not without graphs
+    assert own.nbytes == beside + 608 * 2 * (128 + 2 * 256 + 128 + 2 * 64) + 2 * adapters
+    predicted = kept_frame_bytes(whole, batch, Route()) - whole.layers * beside
+    assert graphs_of(model).nbytes - held - own.nbytes == predicted + 608 * 2 * 32 * 2 + 2 * adapters
 
 
 def test_wishes(folders):  # noqa: F811

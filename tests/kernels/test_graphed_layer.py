@@ -3,10 +3,11 @@
 import pytest
 import torch
 from slothrl_kernels.decoder_layer import decoder_layer
-from slothrl_kernels.graphed_layer import addresses, bucket, graphed_layer, record_layer
+from slothrl_kernels.graphed_layer import graphed_layer
 from slothrl_kernels.layer_frame import Frame, frame_key
 from slothrl_kernels.layer_recorder import Rerun
 from slothrl_kernels.layer_steps import turned_in
+from slothrl_kernels.recorded_layer import addresses, bucket, record_layer
 
 from tests.kernels.test_decoder_layer import JOINT, SHAPES, called, case, wanted_of
 from tests.kernels.test_lora_linear import values
