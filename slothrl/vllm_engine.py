@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from slothrl.streams import OwnStream
 from slothrl.vllm_compilation import compilation, graph_sizes
 from slothrl.vllm_described import described
 from slothrl.vllm_linear import NF4, PLAIN
-from slothrl.vllm_requests import Served, serve
+from slothrl.vllm_requests import Completed, complete, serve
 
 
 @dataclass(frozen=True)
@@ -144,17 +144,14 @@ class VLLMEngine(Engine):
             "stop_token_ids": self.eos_token_ids,
             **(sampling.extra or {}),
         }
-        served = self._run(prompt_ids, SamplingParams(**parameters))
-        outputs = [output.outputs[0] for output in served.outputs]
-        logprobs = [
-            [entry[token].logprob for token, entry in zip(out.token_ids, out.logprobs, strict=True)] for out in outputs
-        ]
-        return Rollout([list(out.token_ids) for out in outputs], logprobs, served.steps, served.preemptions)
+        done: Completed = self._run(complete, prompt_ids, SamplingParams(**parameters))
+        return Rollout(done.token_ids, done.logprobs, done.steps, done.preemptions)
 
-    def _run(self, prompt_ids: Sequence[TokenIds], parameters) -> Served:
+    def _run(self, how: Callable[..., Any], prompt_ids: Sequence[TokenIds], parameters) -> Any:
+        """how: `complete` or `serve`."""
         prompts = [{"prompt_token_ids": list(ids)} for ids in prompt_ids]
         with self._working():
-            return serve(self.llm, prompts, parameters, self.request)
+            return how(self.llm, prompts, parameters, self.request)
 
     def push_lora(self) -> None:
         """Write the trainer's LoRA into vLLM's buffers and drop the prefix cache, whose keys do not know of it."""
@@ -184,7 +181,7 @@ class VLLMEngine(Engine):
         from vllm import SamplingParams
 
         parameters = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1, detokenize=False)
-        outputs = self._run(token_ids, parameters).outputs
+        outputs = self._run(serve, token_ids, parameters)
         return [
             torch.tensor([output.prompt_logprobs[i][ids[i]].logprob for i in range(1, len(ids))])
             for ids, output in zip(token_ids, outputs, strict=True)

@@ -13,7 +13,9 @@ Random weights of the shape, LoRA r=16 on all linear layers, CUDA graphs, prompt
 the time of a step is that of generating 257 tokens less that of generating one, over 256 (--steps). All arms of all
 shapes start side by side, so the card must hold them; one that is done gives its part back. Behind an arm's name, also
 together: "-no-lora", "-view" (slothrl only: from a 16-bit view of the base, LoRA folded in), "-fp8" (an FP8 KV cache),
-"-pdl" (torch.compile's kernels start early, `slothrl.vllm_compilation`).
+"-pdl" (torch.compile's kernels start early, `slothrl.vllm_compilation`), "-generate" (by `vllm.LLM.generate`, not by
+`slothrl.vllm_requests.complete`). --profile adds the GPU's busy ms a step to the table, and to the arm's log its kernels
+and the functions that the host spends a step in.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--kv", type=float, help="GiB of KV cache an arm; default: what its sequences need")
     parser.add_argument("--batched", type=int, help="tokens a step at most; vLLM's default takes more memory")
-    parser.add_argument("--rounds", type=int, default=1, help="the arms in turn so often; the fewest ms of a step count")
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="so many turns of each arm; the fewest ms of a step count"
+    )
     parser.add_argument("--rollout", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--profiled", type=numbers, help="numbers of sequences to profile; default: 1, 64, 128")

@@ -84,6 +84,27 @@ def test_requests_are_counted(parts):
     assert (rollout.steps, rollout.preemptions, rollout.occupancy) == (48, 0, 1.0)
 
 
+def test_completions_are_vllms(parts):
+    """Tokens taken from the core, under asynchronous scheduling and CUDA graphs: those that `vllm.LLM.generate` gives."""
+    from vllm import SamplingParams
+
+    from slothrl.vllm_requests import complete, serve
+
+    engine, _, tokenizer, _ = parts
+    if engine.linear is None:
+        pytest.skip("vLLM's own layers add up in any order")
+    prompts = [tokenizer(f"Once upon {i} times")["input_ids"] for i in range(16)]  # shorter than a block: never cached
+    wanted = {"max_tokens": 48, "temperature": 0.0, "logprobs": 0, "detokenize": False}
+    wanted["stop_token_ids"] = list(range(0, 49152, 50))  # lengths of all kinds
+    ours = engine._run(complete, prompts, SamplingParams(**wanted))
+    theirs = [output.outputs[0] for output in engine._run(serve, prompts, SamplingParams(**wanted))]
+    assert ours.token_ids == [list(out.token_ids) for out in theirs]
+    for row, out in zip(ours.logprobs, theirs, strict=True):
+        assert row == [at[token].logprob for token, at in zip(out.token_ids, out.logprobs, strict=True)]
+    assert (ours.steps, ours.preemptions) == (max(len(ids) for ids in ours.token_ids), 0)
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+
+
 def test_push_time(parts):
     """Not a timing test: the figure is printed, the assertion only guards against a push through disk."""
     engine = parts[0]
