@@ -19,6 +19,7 @@ from slothrl.vllm_compilation import compilation, graph_sizes
 from slothrl.vllm_described import described
 from slothrl.vllm_linear import NF4, PLAIN
 from slothrl.vllm_requests import Completed, complete, serve
+from slothrl.vllm_scheduler import SHORT
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class VLLMOptions:
         view: with our layers over nf4, generate from a 16-bit view of the base with the LoRA folded in, made when the
             engine wakes and freed when it sleeps: faster for very many sequences, and approximate (one more rounding).
         early_launch: kernels that torch.compile makes start before the last one has ended (`vllm_compilation`).
+        short_steps: vLLM's scheduler by way of `vllm_scheduler`: the same steps, planned in half of the host's time.
+            Not measured on a GPU yet, so off.
     """
 
     path: str
@@ -60,6 +63,7 @@ class VLLMOptions:
     prefix_caching: bool = True
     view: bool = False
     early_launch: bool = False
+    short_steps: bool = False
 
 
 class VLLMEngine(Engine):
@@ -250,6 +254,7 @@ def _arguments(options: VLLMOptions, lora: LoraShape, linear: str | None) -> dic
         "logprobs_mode": "processed_logprobs",
         "seed": options.seed,
         "disable_log_stats": True,
+        "scheduler_cls": SHORT if options.short_steps else None,
     }
     if linear:
         vllm_linear.register()

@@ -43,6 +43,7 @@ def cache_of(options: argparse.Namespace, shape: str, arm: str) -> tuple[int, in
 def start(options: argparse.Namespace, shape: str, arm: str, folder: Path):
     from slothrl import vllm_compat, vllm_linear
     from slothrl.vllm_compilation import compilation
+    from slothrl.vllm_scheduler import SHORT
     from tests.gpu.random_nf4 import register_random_loader
 
     vllm = vllm_compat.import_vllm()
@@ -63,6 +64,7 @@ def start(options: argparse.Namespace, shape: str, arm: str, folder: Path):
         "compilation_config": compilation(options.sequences, "-pdl" in arm),
     }
     arguments |= {"max_num_batched_tokens": options.batched} if options.batched else {}
+    arguments |= {"scheduler_cls": SHORT} if "-short" in arm else {}
     if base == "slothrl":
         vllm_linear.register()
         wanted = {"rank": RANK, "targets": [] if without else list(TARGETS), "view": view}
