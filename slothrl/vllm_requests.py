@@ -32,35 +32,55 @@ def complete(llm, prompts: Sequence[Any], parameters, lora_request) -> Completed
 
     Tokens are taken as the engine's core hands them over. `LLMEngine.step` would make a dict, an object and a dozen
     calls of every token, on the way to texts and stop strings that a rollout does not ask for; where one is asked for,
-    `serve` does it. Seen with 0.26 (read) and 0.31; `test_completions_are_vllms`.
+    it does. Seen with 0.26 (read) and 0.31; `test_completions_are_vllms`.
 
     All requests are handed over at once, and vLLM starts as many as its cache holds: holding some back until theirs is
     expected to be free won nothing, and took up to 15 % longer (tests/gpu/results/decode.md).
 
     Args:
-        parameters: `vllm.SamplingParams` with `logprobs` set; its container of log-probs is chosen here.
+        parameters: `vllm.SamplingParams` with `logprobs` set; how they are kept is chosen here, in place.
     """
     engine = llm.llm_engine
     known = _known_requests(engine)
     parameters.skip_clone = True  # one set of parameters for all: nobody changes a request's own
-    if known is None or not _tokens_only(parameters):
-        parameters.flat_logprobs = True
-        outputs = [output.outputs[0] for output in serve(llm, prompts, parameters, lora_request)]
-        logprobs = [[out.logprobs.logprobs[i] for i in out.logprobs.start_indices] for out in outputs]
-        return Completed([list(out.token_ids) for out in outputs], logprobs)
+    parameters.flat_logprobs = True  # lists of numbers, where vLLM collects them
+    if known is None or parameters.n != 1:
+        return Completed(*_rows(serve(llm, prompts, parameters, lora_request)))
     ids = llm.enqueue(prompts, parameters, use_tqdm=False, lora_request=lora_request)
     requests = [known[i] for i in ids]  # kept: the scheduler forgets them when they are finished
-    rows: dict[str, tuple[list[int], list[float]]] = {i: ([], []) for i in ids}
-    steps, left = 0, len(ids)
     try:
-        while left:
-            outputs = [output for output in engine.engine_core.get_output().outputs if output.request_id in rows]
-            steps += take_step(outputs, rows)
-            left -= sum(output.finish_reason is not None for output in outputs)
+        token_ids, logprobs, steps = (_by_core if _tokens_only(parameters) else _by_engine)(engine, ids, requests)
     finally:  # the engine's own books, and all that is under way where something broke
         engine.abort_request(ids, internal=True)
-    preemptions = sum(request.num_preemptions for request in requests)
-    return Completed([rows[i][0] for i in ids], [rows[i][1] for i in ids], steps, preemptions)
+    return Completed(token_ids, logprobs, steps, sum(request.num_preemptions for request in requests))
+
+
+def _by_core(engine, ids: list[str], requests: list[Any]) -> tuple[list[list[int]], list[list[float]], int]:
+    """Tokens, log-probs and steps, past `LLMEngine.step`."""
+    rows: dict[str, tuple[list[int], list[float]]] = {i: ([], []) for i in ids}
+    steps, left = 0, len(ids)
+    while left:
+        outputs = [output for output in engine.engine_core.get_output().outputs if output.request_id in rows]
+        steps += take_step(outputs, rows)
+        left -= sum(output.finish_reason is not None for output in outputs)
+    return [rows[i][0] for i in ids], [rows[i][1] for i in ids], steps
+
+
+def _by_engine(engine, ids: list[str], requests: list[Any]) -> tuple[list[list[int]], list[list[float]], int]:
+    """Tokens, log-probs and steps, by `LLMEngine.step`."""
+    outputs, steps, tokens = [], 0, 0
+    while engine.has_unfinished_requests():
+        outputs += [output for output in engine.step() if output.finished]
+        before, tokens = tokens, sum(request.num_output_tokens for request in requests)
+        steps += tokens > before
+    return *_rows(sorted(outputs, key=lambda output: int(output.request_id))), steps
+
+
+def _rows(outputs: Sequence[Any]) -> tuple[list[list[int]], list[list[float]]]:
+    """Tokens and flat log-probs of vLLM's own outputs; the sampled token comes first at its place."""
+    found = [output.outputs[0] for output in outputs]
+    logprobs = [[out.logprobs.logprobs[i] for i in out.logprobs.start_indices] for out in found]
+    return [list(out.token_ids) for out in found], logprobs
 
 
 def take_step(outputs: Sequence[Any], rows: dict[str, tuple[list[int], list[float]]]) -> bool:
@@ -85,7 +105,7 @@ def serve(llm, prompts: Sequence[Any], parameters, lora_request) -> list[Any]:
 
 def _tokens_only(parameters) -> bool:
     """Whether nothing is asked for that vLLM makes of the tokens outside its core."""
-    return parameters.n == 1 and parameters.prompt_logprobs is None and not (parameters.detokenize or parameters.stop)
+    return parameters.prompt_logprobs is None and not (parameters.detokenize or parameters.stop)
 
 
 def _known_requests(engine) -> dict[str, Any] | None:

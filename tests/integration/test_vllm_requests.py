@@ -61,8 +61,16 @@ def test_completions_are_vllms(llm, changes):
 
 def test_what_is_made_of_tokens_takes_vllms_way(llm):
     """Stop strings are found in texts, outside the core."""
-    changes = {"detokenize": True, "stop": ["a", "b"], "stop_token_ids": None, "temperature": 0.0}
+    changes = {"detokenize": True, "stop": list("abcdefghijklmnopqrstuvwxyz"), "stop_token_ids": None}
     ours, token_ids, logprobs = both_ways(llm, **changes)
+    assert ours.token_ids == token_ids and ours.logprobs == logprobs
+    lengths = [len(ids) for ids in token_ids]
+    assert min(lengths) < 40 and max(lengths) <= ours.steps <= sum(lengths) and ours.preemptions == 0
+
+
+def test_several_completions_a_request_take_vllms_way(llm):
+    """The first of each is taken, and the scheduler, which knows none of these requests by its name, not asked."""
+    ours, token_ids, logprobs = both_ways(llm, n=2)
     assert ours.token_ids == token_ids and ours.logprobs == logprobs
     assert ours.steps is None and ours.preemptions is None
 
