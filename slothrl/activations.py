@@ -5,10 +5,13 @@
                  of a layer whose cost grows with S is not run again, in as many layers as fit into half of the free
                  memory
     offload      as layer, with the input in the host's pinned memory, fetched again while the layer above is worked on
+    all          everything that takes a large GEMM to compute, in as many layers as fit where a layer is one step:
+                 nothing is computed twice there, in smaller micro-batches; in the others attention
     both         attention and offload: where a layer is one step all of it in the host's memory, as far as three
                  tenths of that go; else attention's on the device
     auto         on a GPU attention, where its share of a layer's FLOPs makes up for what saving takes, or where a layer
-                 is one step and memory is plenty (`slothrl.kept_attention` says how much that is); else layer
+                 is one step and memory is plenty (`slothrl.kept_attention` says how much that is), and all in as many
+                 of these as that memory has room for; else layer
 
 transformers asks each layer's `_gradient_checkpointing_func`, and trainers set it anew when they start: a hook in front
 of the decoder puts ours there again, on this instance, and `release` takes both away.
@@ -22,17 +25,18 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from slothrl_kernels.layer_parts import Keep
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from slothrl.fuse_layer import Direct, fused_layer, is_plain_checkpoint
 from slothrl.host_memory import free_of_host
-from slothrl.kept_attention import WORTH, AttentionSizes, layers_that_keep, reserved_bytes
+from slothrl.kept_attention import WORTH, AttentionSizes, in_host, layers_that_keep, reserved_bytes
 from slothrl.offload import HostMemory
 from slothrl.plan import Rows
-from slothrl.token_bytes import bytes_to_come, left_beside, left_of_light
+from slothrl.token_bytes import bytes_per_token, bytes_to_come, left_beside, left_of_light
 
-POLICIES = ("auto", "layer", "attention", "offload", "both")
+POLICIES = ("auto", "layer", "attention", "all", "offload", "both")
 _KEPT = "_slothrl_activations"
 
 
@@ -53,8 +57,10 @@ def keep_activations(model: Any, policy: str) -> Rows:
         return [("activations", "layer inputs" if owner else "this model has no layers that transformers checkpoints")]
     vars(model)[_KEPT] = Activations(owner, layers, policy)
     words = {
-        "auto": f"layer inputs; attention too where it is {WORTH:.0%} of the work, or a layer is one step and it fits",
+        "auto": f"layer inputs; attention too where it is {WORTH:.0%} of the work, or a layer is one step and it fits;"
+        " then all that fits",
         "attention": "layer inputs and attention outputs, as far as they fit",
+        "all": "all of a layer where that is one step, as far as it fits; else layer inputs and attention outputs",
         "offload": "layer inputs, in the host's memory",
         "both": "layer inputs in the host's memory; attention's too where a layer is one step, else on the device",
     }
@@ -71,7 +77,10 @@ def release(model: nn.Module) -> None:
 def reserved_for_attention(model: nn.Module, tokens: int, free: int) -> int:
     """Bytes that a micro-batch's budget leaves for attention, for each of `tokens` tokens in one row, of `free`."""
     kept: Activations | None = vars(model).get(_KEPT)
-    return 0 if kept is None else reserved_bytes(kept.policy, kept.sizes, tokens, free)
+    if kept is None:
+        return 0
+    each = bytes_per_token(kept.layers[0].self_attn.config, 2, checkpointing=True)
+    return reserved_bytes(kept.policy, kept.sizes, tokens, free, each)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -87,7 +96,7 @@ class Activations:
         self.layers, self.policy = layers, policy
         self.trained = [p for p in owner.parameters() if p.requires_grad]
         self.host = HostMemory(len(layers)) if policy in ("offload", "both") else None
-        self.attending = 0  # layers that keep their attention's output, in this forward
+        self.whole = self.attending = 0  # layers that keep all, and those after them their attention, in this forward
         self.handle = owner.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def remove(self) -> None:
@@ -109,24 +118,27 @@ class Activations:
         if self.policy != "offload" and given is not None and given.dim() >= 2 and torch.is_grad_enabled():
             layout = kwargs.get("packed_layout")  # its tokens do not all see each other
             reach = given.size(1) if layout is None else layout.max_position + 1
-            self.attending = self._how_many(given.size(0) * given.size(1), reach, given.device)
+            self.whole, self.attending = self._how_many(given.size(0) * given.size(1), reach, given.device)
 
-    def _how_many(self, tokens: int, reach: int, device: torch.device) -> int:
-        """Layers whose attention is kept; on a CPU all or none, as asked for.
+    def _how_many(self, tokens: int, reach: int, device: torch.device) -> tuple[int, int]:
+        """Layers that keep all, and others whose attention is kept; on a CPU all or none, as asked for.
 
         Args:
             tokens: of the forward. reach: the most keys that one of them sees.
         """
+        sizes, count = self.sizes, len(self.layers)
         if device.type != "cuda":
-            return len(self.layers) if self.policy in ("attention", "both") else 0
-        free = free_bytes(device) - bytes_to_come(self.trained)
+            whole = count if self.policy == "all" and sizes.whole else 0
+            return whole, count - whole if self.policy in ("attention", "both", "all") else 0
         config = self.layers[0].self_attn.config
+        if self.host is not None and in_host(self.policy, sizes):
+            pinned = self.host.spare(tokens * (sizes.bytes + 2 * config.hidden_size))
+            if len(pinned) >= count - 1:  # of an earlier forward; the last layer's stays
+                return 0, count
+            return layers_that_keep(self.policy, sizes, tokens, reach, 0, 0, 0, free_of_host() + sum(pinned))
+        free = free_bytes(device) - bytes_to_come(self.trained)
         left, light = left_beside(free, config, tokens), left_of_light(config, tokens)
-        return layers_that_keep(self.policy, self.sizes, tokens, reach, free, left, light, self._host_bytes())
-
-    def _host_bytes(self) -> int:
-        """What nobody has, and what an earlier forward had of it: torch's host allocator keeps that for the next."""
-        return 0 if self.host is None else free_of_host() + self.host.most
+        return layers_that_keep(self.policy, sizes, tokens, reach, free, left, light)
 
     @property
     def sizes(self) -> AttentionSizes:
@@ -136,8 +148,10 @@ class Activations:
         fused = fused if fused is not None and fused.untouched else None
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
         weights = sum(m.in_features * m.out_features for m in layer.modules() if isinstance(m, nn.Linear))
-        numbers = width if fused is None else width + fused.attention.numbers
-        return AttentionSizes(len(self.layers), width, heads, weights, numbers, fused is not None)
+        if fused is None:
+            return AttentionSizes(len(self.layers), width, heads, weights, width, whole=False)
+        numbers, rest = width + fused.attention.numbers, fused.rest
+        return AttentionSizes(len(self.layers), width, heads, weights, numbers, whole=True, rest=rest)
 
 
 class _Checkpoint:
@@ -147,14 +161,15 @@ class _Checkpoint:
         self.activations, self.index, self.theirs = activations, index, theirs
 
     def __call__(self, function: Any, *args: Any) -> Any:
-        activations, options, keep, keeper = self.activations, {}, "input", None
-        if self.index < activations.attending:
+        activations, options, keeper = self.activations, {}, None
+        keep: Keep = "input"
+        if self.index < activations.whole + activations.attending:
             options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_attention)
-            keep = "attention"
+            keep = "all" if self.index < activations.whole else "attention"
         host, fused = activations.host, fused_layer(activations.layers[self.index])
         if host is not None and keep == "attention":
-            keeper = host.keeper(self.index)
-        with nullcontext() if host is None else host.taking(self.index):
+            keeper = host.keeper(self.index, args[0] if args and isinstance(args[0], Tensor) else None)
+        with nullcontext() if host is None else host.taking(self.index, keeper):
             for result in fused.run(function, args, keep, keeper) if fused else ():
                 return result
             return self.theirs(function, *args, **options)

@@ -28,7 +28,7 @@ class ModelConfig:
     attn_implementation: str | None = None
     fuse: str = "auto"  # fused layers (slothrl/fuse.py): auto (where Triton runs and it is no slower), on, off
     graphs: str = "auto"  # CUDA graphs of whole layers (slothrl/graphs.py): auto (where the GPU waits), on, off
-    activations: str = "auto"  # what checkpointed layers keep: auto, layer, attention, offload, both (activations.py)
+    activations: str = "auto"  # what checkpointed layers keep: auto, layer, attention, all, offload, both
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 

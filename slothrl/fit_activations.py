@@ -7,7 +7,7 @@ whose log-probs are taken.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slothrl_kernels.layer_mlp import columns_of
 
@@ -45,7 +45,8 @@ class Route:
         checkpointing: layers are computed again in the backward.
         fused: through the layers of `slothrl.fuse`.
         offload: checkpointed layers' inputs wait in the host's memory.
-        attending: checkpointed layers that keep their attention too (`slothrl.kept_attention`), the first ones.
+        whole: checkpointed layers that keep all of it (`slothrl.kept_attention`), the first ones.
+        attending: those after them that keep their attention too.
     """
 
     width: int = 2
@@ -53,6 +54,7 @@ class Route:
     checkpointing: bool = True
     fused: bool = False
     offload: bool = False
+    whole: int = 0
     attending: int = 0
 
 
@@ -197,15 +199,23 @@ def attention_numbers(shape: Shape, fused: bool) -> int:
     return shape.query + (2 * given if shape.head_norms else given)
 
 
+def rest_numbers(shape: Shape) -> int:
+    """Values a token that a layer which computes nothing again keeps beside its input and attention's: the sum after
+    attention, h, gate and up, 2 m, and where each sum has a norm before it 2 h."""
+    return (3 if shape.norms == 4 else 1) * shape.hidden + 2 * shape.mlp
+
+
 def kept_attention_bytes(shape: Shape, batch: MicroBatch, route: Route) -> int:
-    """`attention_numbers` in e bytes and the log-sum-exp in float32, 4 heads, a token of each layer that keeps them.
+    """`attention_numbers` in e bytes and the log-sum-exp in float32, 4 heads, a token of each layer that keeps them;
+    e x `rest_numbers` of those that keep all.
 
     While the last layer is computed again, what it kept itself is not made once more: of all layers one less is counted
     then, which `layer_peak` has.
     """
-    layers = route.attending - (route.attending == shape.layers)
+    attending = route.whole + route.attending
+    attending -= route.attending > 0 and attending == shape.layers
     per_token = route.width * attention_numbers(shape, route.fused) + 4 * shape.heads
-    return batch.tokens * layers * per_token
+    return batch.tokens * (attending * per_token + route.whole * route.width * rest_numbers(shape))
 
 
 def activation_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
@@ -216,7 +226,7 @@ def activation_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
     or at the head:
 
         forward    L e h T + 4 h T + e h T + head + e x LoRA (autocast's copies)
-        backward   L e h T + the layer's peak
+        backward   L e h T + the layer's peak, or the backward of an MLP whose gate and up were kept
 
     Without it all layers keep everything, and the peak is at the head or in the final norm's backward:
 
@@ -233,7 +243,11 @@ def activation_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
         kept = (min(shape.layers, 2) if route.offload else shape.layers) * states
         kept += kept_attention_bytes(shape, batch, route)
         peaks = [kept + 4 * batch.tokens * shape.hidden + states + head + copies]
-        return max(*peaks, kept + layer_peak(shape, batch, route)) + batch.mask_cells
+        if route.whole:  # by then the layers after them have given theirs back
+            first = route.whole * states + kept_attention_bytes(shape, batch, replace(route, attending=0))
+            peaks.append(first + fused_mlp_bytes(shape, batch, width, route.quantized, kept=True))
+        peaks += [kept + layer_peak(shape, batch, route)] if route.whole < shape.layers else []
+        return max(peaks) + batch.mask_cells
     layer, last = _whole_layer(shape, batch, route)
     kept = shape.layers * layer
     # A mask is made additive once a layer, and every layer keeps its own.

@@ -6,12 +6,18 @@ from functools import lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from slothrl.fit_activations import MicroBatch, attention_numbers, whole_layers
+from slothrl.fit_activations import MicroBatch, attention_numbers, rest_numbers, whole_layers
 from slothrl.fit_shape import Shape
-from slothrl.kept_attention import KEEPING, AttentionSizes, in_host, layers_that_keep, reserved_bytes
+from slothrl.kept_attention import (
+    KEEPING,
+    AttentionSizes,
+    in_host,
+    layers_that_keep,
+    reserved_bytes,
+)
 from slothrl.packing import Row, plan_micro_batches
 from slothrl.token_budget import CPU_TOKENS
-from slothrl.token_bytes import left_beside, left_of_light, tokens_that_fit
+from slothrl.token_bytes import bytes_per_token, left_beside, left_of_light, tokens_that_fit
 
 if TYPE_CHECKING:
     from slothrl.fit_memory import Settings
@@ -57,32 +63,38 @@ def budget(shape: Shape, settings: Settings, free: int) -> int:
         return CPU_TOKENS
     config = text_config(shape)
     tokens = tokens_that_fit(free, config, settings.checkpointing)
-    kept = reserved_bytes(settings.activations, sizes(shape, settings), tokens, free) if settings.checkpointing else 0
-    return tokens_that_fit(free, config, settings.checkpointing, kept)
+    if not settings.checkpointing:
+        return tokens
+    each = bytes_per_token(config, 2, checkpointing=True)
+    kept = reserved_bytes(settings.activations, sizes(shape, settings), tokens, free, each)
+    return tokens_that_fit(free, config, True, kept)
 
 
-def attending_layers(shape: Shape, batch: MicroBatch, settings: Settings, free: int) -> int:
-    """Layers that keep their attention in the forward of `batch`, as `slothrl.activations` decides it.
+def keeping_layers(shape: Shape, batch: MicroBatch, settings: Settings, free: int) -> tuple[int, int]:
+    """Layers that keep all, and others that keep their attention, in the forward of `batch`, as `slothrl.activations`
+    decides it.
 
     Args:
         free: as in `micro_batch`.
     """
     if not settings.checkpointing or settings.activations not in KEEPING:
-        return 0
+        return 0, 0
+    config, policy, found = text_config(shape), settings.activations, sizes(shape, settings)
     if not settings.cuda:
-        return 0 if settings.activations == "auto" else shape.layers
-    config, policy = text_config(shape), settings.activations
-    if in_host(policy, sizes(shape, settings)):
-        return min(2, shape.layers)  # on the device at a time
+        whole = shape.layers if policy == "all" and found.whole else 0
+        return whole, 0 if policy == "auto" else shape.layers - whole
+    if in_host(policy, found):
+        return 0, min(2, shape.layers)  # on the device at a time
     left, light = left_beside(free, config, batch.tokens), left_of_light(config, batch.tokens)
-    return layers_that_keep(policy, sizes(shape, settings), batch.tokens, settings.length, free, left, light)
+    return layers_that_keep(policy, found, batch.tokens, settings.length, free, left, light)
 
 
 def sizes(shape: Shape, settings: Settings) -> AttentionSizes:
     """What decides how many they are."""
     weights, numbers = shape.packed // shape.layers, attention_numbers(shape, settings.fused)
     whole = whole_layers(shape, settings.fused)
-    return AttentionSizes(shape.layers, shape.query, shape.heads, weights, numbers, whole)
+    rest = rest_numbers(shape) if whole else 0
+    return AttentionSizes(shape.layers, shape.query, shape.heads, weights, numbers, whole, rest)
 
 
 def text_config(shape: Shape) -> SimpleNamespace:

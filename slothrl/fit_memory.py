@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from slothrl.fit_activations import MicroBatch, Route, activation_peak, graphed_bytes, layer_peak, whole_layers
-from slothrl.fit_batch import attending_layers, micro_batch
+from slothrl.fit_batch import keeping_layers, micro_batch
 from slothrl.fit_constants import GIB, constant
 from slothrl.fit_shape import Shape
 from slothrl.fit_terms import (
@@ -146,7 +146,8 @@ def update(shape: Shape, settings: Settings, total: int) -> PhasePrediction:
     if settings.uses_vllm and not (settings.sleep and settings.cuda):
         parts[CACHE] = cache(shape, settings, total)
     batch, free = largest_micro_batch(shape, settings, total), free_for_update(shape, settings, total)
-    route = replace(settings.route, attending=attending_layers(shape, batch, settings, free))
+    whole, attending = keeping_layers(shape, batch, settings, free)
+    route = replace(settings.route, whole=whole, attending=attending)
     parts[TEMPORARY] = activation_peak(shape, batch, route)
     if settings.layer_graphs and whole_layers(shape, settings.fused):
         parts[LAYER_GRAPHS] = graphed_bytes(shape, batch, route)

@@ -143,6 +143,13 @@ class FusedLayer(Replacement):
             own[len(own) // 2], inner, down, self.mlp.activation, keep, self.impl, after,
         )  # fmt: skip
 
+    @property
+    def rest(self) -> int:
+        """Values of a token that a layer which computes nothing again keeps beside x and attention's: the sum after
+        attention, gate and up, and where norms come before the sums what these norm."""
+        hidden, inner = self.inner[-1].out_features, 2 * self.inner[-1].in_features
+        return inner + (3 if len(self.norms) == 4 else 1) * hidden
+
     def remove(self) -> None:
         super().remove()
         self.graphs = None

@@ -13,7 +13,7 @@ LEAST_TOKENS = 1024
 # What is only convenient ends where a micro-batch takes as much as one of so many tokens: 11 GB of an 8B model.
 LIGHT_TOKENS = 20_480
 USABLE = 0.8  # of what is free: an allocator's reserve, measured at 10 to 13% of what is allocated, and workspaces
-LOGITS = 192 << 20  # bytes of logits that exist at once: with 8,192 tokens' slopes of an 8B model 260 MiB, not 360
+LOGITS = 224 << 20  # bytes of logits that exist at once: with 8,192 tokens' slopes of an 8B model 260 to 295 MiB
 
 
 def bytes_per_token(config: Any, element_size: int, checkpointing: bool) -> int:

@@ -29,6 +29,7 @@ from typing import Any
 ARMS = ("slothrl", "graphs", "auto", "unfused", "peft", "unsloth")
 WARM_UP = 6  # forwards and backwards before the first update: `auto` has its measurements and its graphs then
 UPDATES = 3  # updates before the timing begins
+COLUMNS = "arm, tok/s, ms a step, peak GiB allocated, reserved, loss, gradient norm"
 LOSS_TOLERANCE = 5e-3  # of bf16 implementations that round in different places
 NORM_TOLERANCE = 3e-2  # the same, of the gradient's norm
 
@@ -39,8 +40,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=2048, help="tokens a sequence")
     parser.add_argument("--steps", type=int, default=7)
-    policies = ["auto", "layer", "attention", "offload", "both", "all"]
-    parser.add_argument("--activations", default="auto", choices=policies, help="of slothrl; all: no checkpointing")
+    policies = ["auto", "layer", "attention", "all", "offload", "both"]
+    parser.add_argument("--activations", default="auto", choices=policies, help="model.activations of slothrl")
     parser.add_argument("--arms", help=f"of {','.join(ARMS)}; default: slothrl,graphs,peft, unsloth if installed")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--profile", action="store_true", help="also one step, kernel by kernel")
@@ -68,7 +69,7 @@ def compare(arms: list[str], arguments: argparse.Namespace) -> int:
         first = next((r for r in results.values() if "loss" in r), {})
         if len(results) == 1:
             print(f"{first.get('device', '?')}, torch {first.get('torch', '?')}, {time.strftime('%Y-%m-%d')}\n")
-            print("| arm | tok/s | ms a step | peak GiB allocated | reserved | loss | gradient norm |\n" + "|---" * 7 + "|")
+            print(f"| {' | '.join(COLUMNS.split(', '))} |\n{'|---' * 7}|")
         if "loss" not in result:
             print(f"| {arm} | FAILED: {result['error']} |", flush=True)
             wrong.append(arm)
@@ -186,8 +187,7 @@ def prepare_ours(arguments: argparse.Namespace) -> tuple[Any, Callable, str]:
     model: Any = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, task_type="CAUSAL_LM"))
     randomize_adapter(model)
     ours, policy = arguments.arm in ("slothrl", "graphs", "auto"), arguments.activations
-    if not ours or policy != "all":
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+    base.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     model.train()
     if arguments.arm == "peft":
@@ -198,7 +198,7 @@ def prepare_ours(arguments: argparse.Namespace) -> tuple[Any, Callable, str]:
         from slothrl.fuse import fuse
         from slothrl.graphs import graph_layers
 
-        rows = fuse(model).rows() + (keep_activations(model, policy) if policy != "all" else [])
+        rows = fuse(model).rows() + keep_activations(model, policy)
         rows += graph_layers(model, {"slothrl": "off", "graphs": "on"}.get(arguments.arm, "auto"))
         note = "; ".join(f"{what} {how}".strip() for what, how in rows)
     return model, lambda ids: streamed_loss(model, ids), note

@@ -46,13 +46,14 @@ class Parked:
     """`Attended` without its tensors, which a keeper has; autograd's graph alone is here."""
 
     def __init__(self, attended: Attended, keeper: Keeper) -> None:
-        self.keeper, self.shape, leaves = keeper, attended.out.shape, (attended.q, attended.k, attended.v)
-        self._end, self._leaves = get_gradient_edge(attended.out), [get_gradient_edge(x) for x in leaves]
+        self.keeper, self.shape = keeper, attended.out.shape
+        self._end, self._leaves = get_gradient_edge(attended.out), (attended.q, attended.k, attended.v)
         self._out = keeper.pack(attended.out.detach(), first=True)
         self._raw = None if attended.raw is None else keeper.pack(attended.raw)
         keeper.close()
-        for x in leaves:
-            x.data = x.new_empty(0)  # the graph holds its leaves, and would hold their memory
+        nothing = self._leaves[0].new_empty(0)
+        for x in self._leaves:
+            x.data = nothing  # the graph holds its leaves, and would hold their memory
 
     @property
     def raw(self) -> Tensor | None:

@@ -20,7 +20,8 @@ class Keeper(Protocol):
     """Where what attention leaves for the backward waits: the host's memory, for one."""
 
     def pack(self, x: Tensor, first: bool = False) -> Any:
-        """What stands for x meanwhile; x itself is not held. first: the layer's backward begins with it."""
+        """What stands for x meanwhile; x itself is not held once it is copied, and nobody may write to it before the
+        layer after this one has closed its keeper. first: the layer's backward begins with it."""
         ...
 
     def unpack(self, held: Any) -> Tensor:

@@ -45,9 +45,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--kv", type=float, help="GiB of KV cache an arm; default: what its sequences need")
     parser.add_argument("--batched", type=int, help="tokens a step at most; vLLM's default takes more memory")
-    parser.add_argument(
-        "--rounds", type=int, default=1, help="so many turns of each arm; the fewest ms of a step count"
-    )
+    parser.add_argument("--rounds", type=int, default=1, help="the arms in turn so often; a step's fewest ms")
     parser.add_argument("--rollout", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--profiled", type=numbers, help="numbers of sequences to profile; default: 1, 64, 128")

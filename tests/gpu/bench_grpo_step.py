@@ -58,8 +58,10 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 FUSED = "packed, fused layers"
 KEPT = "packed, fused layers, attention kept"  # where memory is plenty: nothing of attention is computed twice
-ONCE = "packed, fused layers, no checkpointing"  # smaller micro-batches, nothing computed twice
-ARMS[KEPT] = ARMS[ONCE] = ARMS[FUSED]
+ONCE = "packed, fused layers, everything kept"  # nothing computed twice, in micro-batches small enough for 30 GB
+ARMS[KEPT] = ARMS[FUSED]
+ARMS[ONCE] = {**ARMS[FUSED], "tokens_per_micro_batch": 6656}  # six completions of the main shape and their prompt
+ACTIVATIONS = {KEPT: "attention", ONCE: "all"}
 PEERS = {"TRL": "trl", "Unsloth": "unsloth"}
 
 
@@ -163,13 +165,13 @@ def model_of(tiny: bool, fused: bool, activations: str = "auto") -> Any:
     return model
 
 
-def arguments_of(shape: Shape, steps: int, checkpointing: bool) -> GRPOConfig:
+def arguments_of(shape: Shape, steps: int) -> GRPOConfig:
     rows = shape.prompts * shape.completions
     return GRPOConfig(
         output_dir=tempfile.mkdtemp(), bf16=True, use_cpu=not torch.cuda.is_available(), report_to="none",
         save_strategy="no", max_steps=steps, learning_rate=1e-5, per_device_train_batch_size=shape.rows,
         gradient_accumulation_steps=rows // shape.rows, num_generations=shape.completions, loss_type="grpo",
-        max_completion_length=shape.completion, gradient_checkpointing=checkpointing, disable_tqdm=True,
+        max_completion_length=shape.completion, gradient_checkpointing=True, disable_tqdm=True,
         gradient_checkpointing_kwargs={"use_reentrant": False}, vllm_importance_sampling_mode="token_truncate",
         logging_steps=1,
     )  # fmt: skip
@@ -177,11 +179,11 @@ def arguments_of(shape: Shape, steps: int, checkpointing: bool) -> GRPOConfig:
 
 def measure(arm: str, shape: Shape, tiny: bool, profile: bool = False) -> dict[str, Any]:
     """One arm of one shape in this process."""
-    model = model_of(tiny, arm in (FUSED, KEPT, ONCE), "attention" if arm == KEPT else "auto")
+    model = model_of(tiny, arm in (FUSED, KEPT, ONCE), ACTIVATIONS.get(arm, "auto"))
     base = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     steps = 1 + shape.steps
     trainer = Watched(
-        model, reward, arguments_of(shape, steps + profile, arm != ONCE),
+        model, reward, arguments_of(shape, steps + profile),
         Dataset.from_dict({"prompt": prompts_of(shape)}), processing_class=tiny_tokenizer(),
         engine=Forced(shape, model.config.vocab_size), packing=PackingConfig(**ARMS[arm]),
     )  # fmt: skip

@@ -164,8 +164,8 @@ def measure(options: argparse.Namespace, shape: str, arm: str, all_arms: list[st
 def my_turn() -> Iterator[None]:
     """Alone on the device, among the arms of this command and of others, and on the same cores as each of them.
 
-    A small model's step took up to 40 % longer in one process than in the next. Only this thread is moved; where that is
-    not permitted, it stays where it is. The garbage collector looks at nothing that is there at the start.
+    A small model's step took up to 40 % longer in one process than in the next. Only this thread is moved; where that
+    is not permitted, it stays where it is. The garbage collector looks at nothing that is there at the start.
     """
     with (Path(tempfile.gettempdir()) / "bench_decode.turn").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)

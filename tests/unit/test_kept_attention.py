@@ -8,7 +8,7 @@ import pytest
 from test_fit import shape
 
 from slothrl.fit_activations import MicroBatch, Route, activation_peak, kept_attention_bytes
-from slothrl.fit_batch import attending_layers, sizes, text_config
+from slothrl.fit_batch import keeping_layers, sizes, text_config
 from slothrl.fit_constants import card_bytes
 from slothrl.fit_memory import Settings, largest_micro_batch, predict
 from slothrl.fit_terms import adapter_bytes
@@ -21,7 +21,7 @@ from tests.traced import traced_peak
 GB = 10**9
 # Llama-3-8B: 218M weights a layer; fused it keeps 4,096 of the output and 6,144 of q, k and v.
 MODULES = AttentionSizes(32, 4096, 32, 218_103_808, 4096, whole=False)
-WHOLE = replace(MODULES, numbers=10_240, whole=True)
+WHOLE = replace(MODULES, numbers=10_240, whole=True, rest=32_768)  # h, and gate and up of 14,336
 
 
 @pytest.fixture(scope="module")
@@ -30,29 +30,35 @@ def llama():
 
 
 def test_sizes_by_hand():
-    assert (MODULES.bytes, WHOLE.bytes) == (2 * 4096 + 128, 20_608)
+    assert (MODULES.bytes, WHOLE.bytes, WHOLE.all_bytes) == (2 * 4096 + 128, 20_608, 86_144)
     assert MODULES.share(24_576) == pytest.approx(0.316, abs=1e-3)
 
 
 @pytest.mark.parametrize(
     ("policy", "given", "reach", "gigabytes", "layers"),
     [
-        ("auto", WHOLE, 2048, (70, 45, 9), 32),  # all of them: 5.8 GB
-        ("auto", WHOLE, 2048, (20, 15, 9), 27),  # a quarter of 20
-        ("auto", WHOLE, 2048, (70, 2, 9), 11),  # no more than the micro-batch leaves
-        ("auto", WHOLE, 2048, (70, 45, 3), 16),  # nor beyond the size of a large one
-        ("auto", WHOLE, 2048, (20, 0, 9), 0),
-        ("auto", MODULES, 2048, (70, 45, 9), 0),  # saving takes longer than it spares
-        ("auto", MODULES, 24_576, (20, 15, 0), 32),  # 2.3 GB, worth half of the memory
-        ("attention", MODULES, 2048, (4, 3, 0), 27),
-        ("attention", WHOLE, 2048, (4, 3, 0), 11),
-        ("both", MODULES, 2048, (4, 1, 0), 13),
-        ("layer", WHOLE, 99_999, (70, 70, 70), 0),
-        ("offload", WHOLE, 99_999, (70, 70, 70), 0),
+        ("auto", WHOLE, 2048, (70, 45, 9), (5, 27)),  # all of them: 5.7 GB; everything else of a layer: 569 MB
+        ("auto", WHOLE, 2048, (400, 300, 90), (32, 0)),
+        ("auto", WHOLE, 2048, (20, 15, 9), (0, 27)),  # a quarter of 20
+        ("auto", WHOLE, 2048, (70, 2, 9), (0, 11)),  # no more than the micro-batch leaves
+        ("auto", WHOLE, 2048, (70, 45, 3), (0, 16)),  # nor beyond the size of a large one
+        ("auto", WHOLE, 2048, (20, 0, 9), (0, 0)),
+        ("auto", MODULES, 2048, (70, 45, 9), (0, 0)),  # saving takes longer than it spares
+        ("auto", MODULES, 24_576, (20, 15, 0), (0, 32)),  # 2.3 GB, worth half of the memory
+        ("attention", MODULES, 2048, (4, 3, 0), (0, 27)),
+        ("attention", WHOLE, 2048, (4, 3, 0), (0, 11)),
+        ("both", MODULES, 2048, (4, 1, 0), (0, 13)),
+        ("layer", WHOLE, 99_999, (70, 70, 70), (0, 0)),
+        ("offload", WHOLE, 99_999, (70, 70, 70), (0, 0)),
+        ("all", WHOLE, 2048, (70, -1, 9), (0, 0)),  # 748 MB a layer
+        ("all", WHOLE, 2048, (70, 1, 9), (1, 1)),
+        ("all", WHOLE, 2048, (70, 10, 0), (13, 1)),
+        ("all", WHOLE, 2048, (70, 45, 0), (32, 0)),
+        ("all", MODULES, 2048, (4, 3, 0), (0, 27)),  # these keep attention
     ],
 )
 def test_layers_from_given_bytes(policy, given, reach, gigabytes, layers):
-    """A forward of 8,688 tokens: 72 MB a layer of modules, 179 MB a whole one."""
+    """A forward of 8,688 tokens: 72 MB a layer of modules, 179 MB a whole one, 748 MB of all that it computes."""
     free, left, light = (GB * count for count in gigabytes)
     assert layers_that_keep(policy, given, 8688, reach, free, left, light) == layers
 
@@ -60,7 +66,7 @@ def test_layers_from_given_bytes(policy, given, reach, gigabytes, layers):
 def test_whole_layers_in_the_host_s_memory():
     """A share of what is free there, and none of the device's; no budget leaves anything for it."""
     keep = partial(layers_that_keep, "both", WHOLE, 8688, 2048, 8 * GB, 0, 0)
-    assert [keep(host=gb * GB) for gb in (0, 4, 64)] == [0, 6, 32]
+    assert [keep(host=gb * GB) for gb in (0, 4, 64)] == [(0, 0), (0, 6), (0, 32)]
     assert reserved_bytes("both", WHOLE, 20_000, 60 * GB) == 0 < reserved_bytes("both", MODULES, 20_000, 60 * GB)
 
 
@@ -96,7 +102,8 @@ def test_what_auto_keeps_lowers_no_budget(llama):
         tokens = tokens_that_fit(free, config, True)
         assert reserved_bytes("auto", WHOLE, min(tokens, 20_000), free) == 0
         left = left_beside(free, config, tokens)
-        kept = layers_that_keep("auto", WHOLE, tokens, 1528, free, left, left_of_light(config, tokens))
+        whole, kept = layers_that_keep("auto", WHOLE, tokens, 1528, free, left, left_of_light(config, tokens))
+        assert whole == 0
         assert kept * tokens * WHOLE.bytes < 1024 * bytes_per_token(config, 2, True)  # tokens come in steps of 1,024
         assert (left > 20 * GB) is (gb == 80)
     # Of a group of 8 completions all layers keep it on a large card; of an 8B model's 20,480 tokens none does.
@@ -110,18 +117,48 @@ def test_fit_decides_as_the_trainer_does(llama):
     assert sizes(llama, replace(settings, fused=False)) == MODULES
     total = card_bytes(80)
     batch = largest_micro_batch(llama, settings, total)
-    assert attending_layers(llama, batch, settings, 70 * GB) == 0  # the default here: layer
+    assert keeping_layers(llama, batch, settings, 70 * GB) == (0, 0)  # the default here: layer
     auto = replace(settings, activations="auto")
     assert largest_micro_batch(llama, auto, total) == batch
-    assert attending_layers(llama, batch, auto, 70 * GB) == 32
-    assert attending_layers(llama, batch, replace(auto, cuda=False), 70 * GB) == 0
-    assert attending_layers(llama, batch, replace(auto, checkpointing=False), 70 * GB) == 0
+    assert keeping_layers(llama, batch, auto, 70 * GB) == (1, 31)
+    assert keeping_layers(llama, batch, replace(auto, cuda=False), 70 * GB) == (0, 0)
+    assert keeping_layers(llama, batch, replace(auto, checkpointing=False), 70 * GB) == (0, 0)
     more = predict(llama, auto, total)[-1].total - predict(llama, settings, total)[-1].total
-    assert more == 31 * batch.tokens * WHOLE.bytes  # the last layer's are there while it is computed again
+    # The last layer's attention is there while it is computed again; one of 32 keeps the rest too.
+    assert more == batch.tokens * (31 * WHOLE.bytes + 2 * WHOLE.rest)
     # Half of what is free for what was asked for, which then is missing for tokens.
     small = card_bytes(12)
     asked = replace(settings, activations="attention")
     assert largest_micro_batch(llama, asked, small).tokens < largest_micro_batch(llama, settings, small).tokens
+
+
+def test_a_budget_for_all_of_a_layer(llama):
+    """All that 32 layers compute where that leaves 4,096 tokens, else as much as leaves these; small cards nothing."""
+    config, tokens, reserved = text_config(llama), [], []
+    for gb in (3, 10, 17, 73):
+        fits = tokens_that_fit(gb * GB, config, True)
+        reserved.append(reserved_bytes("all", WHOLE, fits, gb * GB, bytes_per_token(config, 2, True)))
+        tokens.append(tokens_that_fit(gb * GB, config, True, reserved[-1]))
+    assert tokens == [2048, 4096, 4096, 16_384]
+    assert reserved[0] == 0 < reserved[1] < reserved[2] < reserved[3] == 32 * WHOLE.all_bytes
+
+
+def test_fit_counts_all_of_a_layer(llama):
+    """As without checkpointing, but for x and the sum after attention, of which that counts three and this two; and
+    some layers lie between none and all."""
+    settings = Settings(trainer="sft", packed=False, rows=2, prompt=0, completion=2048, fused=True, activations="all")
+    batch, cpu = MicroBatch.padded(2, 2048, 4096, masked=False), replace(settings, cuda=False)
+    assert keeping_layers(llama, batch, settings, 70 * GB) == keeping_layers(llama, batch, cpu, 0) == (32, 0)
+    some = keeping_layers(llama, batch, settings, 8 * GB)
+    assert some == (9, 1) and keeping_layers(llama, batch, replace(settings, fused=False), 8 * GB) == (0, 32)
+    peaks = [
+        activation_peak(llama, batch, Route(fused=True, whole=whole, attending=attending))
+        for whole, attending in ((0, 0), some, (32, 0))
+    ]
+    assert peaks[0] < peaks[1] < peaks[2]
+    without = activation_peak(llama, batch, Route(fused=True, checkpointing=False))
+    assert peaks[2] == pytest.approx(without - 32 * 4096 * 2 * 4096, rel=0.02)
+    assert peaks[1] - peaks[0] == 4096 * (9 * WHOLE.all_bytes + WHOLE.bytes)
 
 
 def test_some_layers_and_norms_of_heads(llama):
