@@ -6,16 +6,16 @@ buffers that vLLM made for an adapter of ours, and hands it a worker class throu
 | piece | seen working with | upstream | contract test |
 |---|---|---|---|
 | in-process engine, `ENVIRONMENT` | 0.26, 0.31 | documented variables | all of tests/integration/test_vllm_engine.py |
-| adapter registered from tensors | 0.26, 0.31 | no public tensor path | `test_vllms_own_layers` |
-| stacked LoRA buffers written in place | 0.26, 0.31 | no public tensor path | `test_vllms_own_layers` |
-| base weights read where they lie (`vllm_layout`) | 0.26, 0.31 | no public layout | \
-tests/integration/test_shared_model.py |
+| adapter made of tensors, buffers written in place | 0.26, 0.31 | no public tensor path | `test_vllms_own_layers` |
+| base weights read where they lie (`vllm_layout`) | 0.26, 0.31 | no public layout | integration/test_shared_model.py |
 | `KVOnlyWorker`, sleep without the weights | 0.26 (GPU) | sleep takes weights and block tables along, #53343 | \
 `test_sleep_frees_the_cache_only` |
 | `release_kv_cache_memory` instead, where there is one | not run: GPU builds from 0.28 on | public | the same test |
 | transformers' classes rewritten by vLLM's transformers backend | 0.26, 0.31 | `support_torch_compile` on them | \
 `test_nf4_families[smollm3]` |
-| the scheduler's requests (`vllm_requests`) | 0.26 (read), 0.31 | no public count | `test_preemptions` |
+| the scheduler's requests, tokens from the core (`vllm_requests`) | 0.26 (read), 0.31 | no public way to them | \
+`test_preemptions`, `test_completions_are_vllms` |
+| its scheduler, shorter (`vllm_scheduler`) | 0.26, 0.31 (CPU) | a public argument alone | `test_plans_are_vllms` |
 | our linear layers, on bitsandbytes' classes (`vllm_linear`) | 0.26, 0.31 | public registry | `test_nf4_families` |
 | vLLM's stream (`streams.OwnStream`) | 0.26 (GPU) | it moves the calling thread to one of its own | `test_streams` |
 """

@@ -13,7 +13,9 @@ Random weights of the shape, LoRA r=16 on all linear layers, CUDA graphs, prompt
 the time of a step is that of generating 257 tokens less that of generating one, over 256 (--steps). All arms of all
 shapes start side by side, so the card must hold them; one that is done gives its part back. Behind an arm's name, also
 together: "-no-lora", "-view" (slothrl only: from a 16-bit view of the base, LoRA folded in), "-fp8" (an FP8 KV cache),
-"-pdl" (torch.compile's kernels start early, `slothrl.vllm_compilation`).
+"-pdl" (torch.compile's kernels start early, `slothrl.vllm_compilation`), "-generate" (by `vllm.LLM.generate`, not by
+`slothrl.vllm_requests.complete`), "-short" (the scheduler by `slothrl.vllm_scheduler`). --profile adds the GPU's busy
+ms a step to the table, and to the arm's log its kernels and the functions that the host spends a step in.
 """
 
 from __future__ import annotations

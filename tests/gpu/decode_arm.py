@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import gc
 import json
+import os
 import random
 import statistics
 import tempfile
@@ -22,6 +24,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 ROLLOUT = (64, 504, 1024)  # completions, tokens of prompt and completion
 PREFILL = 64  # prompts
 MODEL_LENGTH = 2048  # at least: attention's launches depend on it
+TURN_CORES = 2  # what runs Python during a turn: on most machines the two threads of one core
 
 
 def cache_of(options: argparse.Namespace, shape: str, arm: str) -> tuple[int, int]:
@@ -40,6 +43,7 @@ def cache_of(options: argparse.Namespace, shape: str, arm: str) -> tuple[int, in
 def start(options: argparse.Namespace, shape: str, arm: str, folder: Path):
     from slothrl import vllm_compat, vllm_linear
     from slothrl.vllm_compilation import compilation
+    from slothrl.vllm_scheduler import SHORT
     from tests.gpu.random_nf4 import register_random_loader
 
     vllm = vllm_compat.import_vllm()
@@ -60,6 +64,7 @@ def start(options: argparse.Namespace, shape: str, arm: str, folder: Path):
         "compilation_config": compilation(options.sequences, "-pdl" in arm),
     }
     arguments |= {"max_num_batched_tokens": options.batched} if options.batched else {}
+    arguments |= {"scheduler_cls": SHORT} if "-short" in arm else {}
     if base == "slothrl":
         vllm_linear.register()
         wanted = {"rank": RANK, "targets": [] if without else list(TARGETS), "view": view}
@@ -113,7 +118,7 @@ class Timer:
         from vllm.lora.request import LoRARequest
 
         plain = arm.startswith("slothrl") or "-no-lora" in arm
-        self.llm, self.prompt = llm, prompt
+        self.llm, self.prompt, self.generate = llm, prompt, "-generate" in arm
         self.request = None if plain else LoRARequest("bench", 1, "/in-memory")
         self.vocabulary = llm.llm_engine.vllm_config.model_config.hf_config.vocab_size
 
@@ -121,14 +126,17 @@ class Timer:
         """For `count` completions, `same` of each prompt."""
         from vllm import SamplingParams
 
+        from slothrl.vllm_requests import complete, serve
+
         length = self.prompt if prompt is None else prompt
         prompts = [[random.randrange(2, self.vocabulary) for _ in range(length)] for _ in range(count // same)]
         prompts = [{"prompt_token_ids": p} for p in prompts for _ in range(same)]
         wanted = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=0)
         started = time.perf_counter()
-        outputs = self.llm.generate(prompts, wanted, use_tqdm=False, lora_request=self.request)
+        found = (serve if self.generate else complete)(self.llm, prompts, wanted, self.request)
         taken = time.perf_counter() - started
-        assert all(len(output.outputs[0].token_ids) == tokens for output in outputs)
+        made = [output.outputs[0].token_ids for output in found] if self.generate else found.token_ids
+        assert all(len(ids) == tokens for ids in made)
         return taken
 
 
@@ -154,10 +162,23 @@ def measure(options: argparse.Namespace, shape: str, arm: str, all_arms: list[st
 
 @contextlib.contextmanager
 def my_turn() -> Iterator[None]:
-    """Alone on the device, among the arms of this command and of others."""
+    """Alone on the device, among the arms of this command and of others, and on the same cores as each of them.
+
+    A small model's step took up to 40 % longer in one process than in the next. Only this thread is moved; where that
+    is not permitted, it stays where it is. The garbage collector looks at nothing that is there at the start.
+    """
     with (Path(tempfile.gettempdir()) / "bench_decode.turn").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
-        yield
+        before = os.sched_getaffinity(0)
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, sorted(before)[-TURN_CORES:])
+        gc.collect()
+        gc.freeze()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(0, before)
 
 
 def take_steps(options: argparse.Namespace, seconds: Timer, found: dict[str, Any], file: Path) -> None:
@@ -178,11 +199,14 @@ def take_rest(options: argparse.Namespace, seconds: Timer, found: dict[str, Any]
         found["rollout"] = seconds(completions, tokens, prompt, same=8)
     save(file, found)
     if options.profile:
+        from tests.gpu.decode_host import host_profile
         from tests.gpu.decode_profile import profile
 
-        counts = options.profiled or [count for count in options.sequences if count in (1, 64, 128)]
-        found["profile"] = {f"{count}": profile(count, seconds) for count in counts}
-        save(file, found)
+        found["profile"] = {}
+        for count in options.profiled or [count for count in options.sequences if count in (1, 64, 128)]:
+            found["profile"][f"{count}"] = profile(count, seconds)
+            save(file, found)
+            host_profile(count, seconds)
 
 
 def save(file: Path, found: dict[str, Any]) -> None:

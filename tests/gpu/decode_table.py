@@ -10,7 +10,10 @@ Results = dict[str, dict[str, Any] | None]  # by arm; None: it failed
 
 
 def table(title: str, sequences: list[int], results: Results) -> str:
-    """Markdown: ms a step by sequences, prefill, rollout and start of each arm."""
+    """Markdown: ms a step by sequences, prefill, rollout and start of each arm, and where profiled the GPU's busy ms.
+
+    The busy time is what linear layers, attention and sampler take; what a step takes beyond it is the host's.
+    """
     lines = [f"\n### {title}: ms a step by sequences\n"]
     lines += [f"| arm | {' | '.join(map(str, sequences))} | prefill, tokens/s | 64 x (504 + 1,024), s | start, s |"]
     lines += ["|---" * (len(sequences) + 4) + "|"]
@@ -22,6 +25,9 @@ def table(title: str, sequences: list[int], results: Results) -> str:
         cells = [f"{found.get(str(count), missing):.2f}" for count in sequences]
         cells += [f"{found.get('prefill', missing):,.0f}", f"{found.get('rollout', missing):.1f}"]
         lines.append(f"| {arm} | {' | '.join(cells)} | {found['start']:.0f} |")
+        if profiled := found.get("profile"):
+            busy = [f"{profiled[str(n)]['busy']:.2f}" if str(n) in profiled else "" for n in sequences]
+            lines.append(f"| {arm}, the GPU busy | {' | '.join(busy)} | | | |")
     lines += [f"\n{line}" for line in slower(sequences, results)]
     for arm, found in results.items():
         for count, step in ((found or {}).get("profile") or {}).items():

@@ -1,9 +1,13 @@
 """The parts of the decoding benchmark that need no GPU: arguments, the size of caches, idle time, tables."""
 
+import gc
+import os
+
 import pytest
 
+from tests.gpu import decode_host
 from tests.gpu.bench_decode import parse
-from tests.gpu.decode_arm import cache_of
+from tests.gpu.decode_arm import cache_of, my_turn
 from tests.gpu.decode_profile import STEPS, kernels_of, said, step_of, trace_of
 from tests.gpu.decode_table import slower, table
 
@@ -77,5 +81,34 @@ def test_a_table_of_what_there_is():
     results = {"slothrl": {**OURS, "profile": {"64": step}}, "bf16": None}
     lines = table("8b", [1, 16, 64], results).splitlines()
     assert "| slothrl | 5.00 | 6.00 | 9.00 | 39,111 | nan | 60 |" in lines
+    assert "| slothrl, the GPU busy |  |  | 11.90 | | | |" in lines
     assert "| bf16 | failed: see its log |" in lines
     assert lines[-1].startswith("slothrl, 64 sequences: 12.98 ms a step (13.50 profiled), GPU busy 11.90, idle 1.08;")
+
+
+def test_a_turn_is_on_given_cores():
+    before, frozen = os.sched_getaffinity(0), gc.get_freeze_count()
+    try:
+        with pytest.raises(KeyError), my_turn():
+            assert os.sched_getaffinity(0) == set(sorted(before)[-2:]) and gc.get_freeze_count() > frozen
+            raise KeyError
+        assert os.sched_getaffinity(0) == before
+    finally:
+        gc.unfreeze()
+
+
+def test_the_hosts_functions_by_the_step(capsys):
+    """Two sequences take two calls a token; what comes once a call of the benchmark is not in a step."""
+    short = {"once": (0.5, 0.5), "step": (0.1, 0.2)}
+    long = {"once": (0.5, 0.5), "step": (0.42, 0.84), "new": (0.032, 0.1)}
+    steps = {name: values for name, *values in decode_host.step_of(short, long)}
+    assert [*steps] == ["step", "new", "once"]
+    assert steps["step"] == pytest.approx([10.0, 20.0]) and steps["new"] == pytest.approx([1.0, 3.125])
+    assert steps["once"] == [0.0, 0.0]
+
+    def seconds(count, tokens):
+        return float(sum(sorted(range(count))[0] for _ in range(tokens)))
+
+    found = {name.split("(")[-1] for name, _, _ in decode_host.host_profile(2, seconds)}
+    assert {"seconds)", "<genexpr>)"} <= found
+    assert capsys.readouterr().out.startswith("HOST 2 sequences: ms a step")
