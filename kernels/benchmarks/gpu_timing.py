@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+from slothrl_kernels.layer_recorder import CudaGraphs
 
 REPLAYS = 25
 FLUSH = 2**29  # bytes written before each replay: they push everything out of the L2 cache, and cover the host's delay
@@ -70,19 +71,17 @@ def replayed(call: Callable[[], Any], right: Callable[[Any], bool]) -> float:
         RuntimeError: a replay does not write the results: something ran on a stream that was not captured.
         Whatever capturing raises.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
+    recorder, results = CudaGraphs(), []
+    recorder.begin()
+
+    def run() -> None:
+        results[:] = call()
+
+    replay = recorder.record(run)
     with torch.no_grad():
         for tensor in results:
             tensor.detach().zero_()
-    graph.replay()
+    replay()
     if not right(results):
         raise RuntimeError("a replay does not give the call's results")
     flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
@@ -91,7 +90,7 @@ def replayed(call: Callable[[], Any], right: Callable[[Any], bool]) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flush.zero_()
         begin.record()
-        graph.replay()
+        replay()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))

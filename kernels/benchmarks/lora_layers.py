@@ -86,7 +86,10 @@ def step_of(function: Callable, x: torch.Tensor, parameters: list, gradients: li
         with torch.autocast(x.device.type, torch.bfloat16):
             outputs = function(x)
         outputs = outputs if isinstance(outputs, list) else [outputs]
-        return [*outputs, *torch.autograd.grad(outputs, [x, *parameters], gradients)]
+        found = torch.autograd.grad(outputs, [x, *parameters], gradients)
+        # Without their history: the leaves' nodes would live on, and belong to the stream of the first call, which no
+        # capture on another one can wait for.
+        return [*(y.detach() for y in outputs), *found]
 
     return call
 
