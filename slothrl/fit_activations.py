@@ -155,40 +155,6 @@ def fused_mlp_bytes(shape: Shape, batch: MicroBatch, width: int, quantized: bool
     return batch.tokens * width * (3 * shape.mlp + 2 * shape.hidden) + unpacked
 
 
-def graphed_bytes(shape: Shape, batch: MicroBatch, route: Route) -> int:
-    """What CUDA graphs of fused layers hold, one layer at a time (`slothrl_kernels.layer_frame`): their frame,
-
-        e (3h + 2q + 2v)   the layer's input, q k v, attention's output, the layer's output, a gradient; with norms of q
-                           and k another e (q + 2v)
-
-    a token, or `kept_frame_bytes`, and a pool of their own for what a recorded step holds at its fullest,
-    `fused_mlp_bytes`.
-    """
-    h, q, v = shape.hidden, shape.query, shape.key_value
-    per_token = 3 * h + 2 * q + 2 * v + (q + 2 * v if shape.head_norms else 0)
-    frame = batch.tokens * route.width * per_token
-    frame = frame if route.checkpointing else kept_frame_bytes(shape, batch, route)
-    return frame + fused_mlp_bytes(shape, batch, route.width, route.quantized)
-
-
-def kept_frame_bytes(shape: Shape, batch: MicroBatch, route: Route) -> int:
-    """The same without checkpointing: layers keep what they would keep anyway, and beside it
-
-        e (5h + 3q + 2v + 6r)   in all: the input, attention's output and its gradient, those of q k v, of the output,
-                                after attention and of the first norm, the output
-        e (m + r)               likewise, and for each of the h rows of the weight: what goes into down, where that is
-                                quantised and adds to the stream; where a norm does, e (h + r) a token
-        (8 + e (2h + 7r)) L     in each layer: the norms, rank products, the norms' scales
-
-    a token.
-    """
-    h, r = shape.hidden, -(-shape.rank // 8) * 8
-    down = shape.mlp + r if route.quantized and shape.norms != 4 else 0
-    per_token = 5 * h + 3 * shape.query + 2 * shape.key_value + 6 * r + down
-    per_token += (2 * h + 7 * r) * shape.layers + (h + r) * (shape.norms == 4)
-    return route.width * (batch.tokens * per_token + h * down) + 8 * batch.tokens * shape.layers
-
-
 def layer_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
     """What the one layer that is computed again holds at the fullest moment of its backward: the place to recalibrate.
 

@@ -136,7 +136,7 @@ class LayerGraphs:
         free = torch.cuda.mem_get_info(x.device)[0]
         free += torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
         own = self.count * own_bytes(rows, parts, x) if parts.keep == "all" else 0
-        return free >= ROOM * rows * sum(frame_widths(parts, x).values()) * x.element_size() + own
+        return free >= ROOM * rows * sum(frame_widths(parts, x, rows).values()) * x.element_size() + own
 
     def _record(self, layer: Any, kind: tuple, x: Tensor, parts: LayerParts) -> Recorded | None:
         try:
@@ -157,7 +157,7 @@ class LayerGraphs:
 
     def _frame(self, rows: int, x: Tensor, parts: LayerParts) -> Frame:
         """Room for so many rows; recordings in one that is too small are given up."""
-        key = frame_key(parts, x)
+        key = frame_key(parts, x, rows)
         old = self._frames.get(key)
         if old is not None and old.capacity >= rows:
             return old
@@ -170,7 +170,7 @@ class LayerGraphs:
 
     def _make_room(self, rows: int, x: Tensor, parts: LayerParts) -> None:
         """For a forward that keeps all elsewhere and more than before: the memory of those before would lie idle."""
-        key = frame_key(parts, x)
+        key = frame_key(parts, x, rows)
         if key in self._frames and self._frames[key].capacity < rows:
             self._drop(key)
 

@@ -164,10 +164,7 @@ def _mlp_backward(
     else:
         gradient_of_made(to_y, of_down, parts.after[1], upstream[:, : u.size(1)], parts.impl)
     del of_down, kept
-    if inner is None and len(tiles_of(parts, u)) > 1:
-        to_n = tiled_backward(normed.group, normed.both, down, upstream, parts, gradients)
-    else:
-        to_n = _whole_backward(normed, down, upstream, parts, inner, gradients)
+    to_n = _inner_backward(normed, down, upstream, parts, inner, gradients)
     del upstream
     out = onto.buffer(u.size(0))  # no sooner: gate, up and their weights are what a layer needs most memory for
     _norm_backward(to_n, to_y, u, normed.r, parts.second, parts, out[:, : u.size(1)])
@@ -192,7 +189,7 @@ def _before_norm(to_u: Tensor, of_o: Tensor | None, parts: LayerParts, onto: Lor
     return out
 
 
-def _whole_backward(
+def _inner_backward(
     normed: _Normed,
     down: LoraOnto,
     upstream: Tensor,
@@ -200,7 +197,9 @@ def _whole_backward(
     inner: Tensor | None,
     gradients: list[Adapters],
 ) -> Tensor:
-    """`tiled_backward` with gate and up all at once: made here, or kept."""
+    """`tiled_backward`, in tiles or with gate and up all at once: made here, or kept (`inner`)."""
+    if inner is None and len(tiles_of(parts, upstream)) > 1:
+        return tiled_backward(normed.group, normed.both, down, upstream, parts, gradients)
     if inner is None:
         inner = normed.group.forward(normed.both, upstream.size(0) >= HOLD * normed.group.inputs)
     else:
@@ -214,19 +213,29 @@ def _whole_backward(
     return to_n
 
 
-def _normed(x: Tensor, norm: Norm, group: Sequence[Projection], adapters: Adapters, parts: LayerParts) -> _Normed:
-    """The norm of x (M, h) in a buffer that its projections can work in."""
+def _normed(
+    x: Tensor,
+    norm: Norm,
+    group: Sequence[Projection],
+    adapters: Adapters,
+    parts: LayerParts,
+    both: Tensor | None = None,
+) -> _Normed:
+    """The norm of x (M, h) in a buffer that its projections can work in: `both` (M, h + R), or a new one."""
     projections = LoraGroup(group, adapters, x, parts.impl)
-    both = projections.buffer(x.size(0))
+    both = projections.buffer(x.size(0)) if both is None else both
     options = (norm.weight, norm.eps, norm.shift, norm.cast_first)
     return _Normed(projections, both, rms_norm_forward(x, None, *options, parts.impl, both[:, : x.size(1)])[2])
 
 
-def _onto_residual(onto: LoraOnto, rows: Tensor, residual: Tensor, parts: LayerParts) -> tuple[Added, Tensor]:
-    """residual + what o makes of rows (M, K), and their x A'^T (M, R), a view into all of the GEMM's input."""
+def _onto_residual(
+    onto: LoraOnto, rows: Tensor, residual: Tensor, parts: LayerParts, out: Tensor | None = None
+) -> tuple[Added, Tensor]:
+    """residual + what o makes of rows (M, K), in `out` or new memory, and their x A'^T (M, R), a view into all of the
+    GEMM's input."""
     both = onto.input_buffer(rows.size(0))
     both[:, : onto.inputs] = rows
-    return add_onto(onto, both, residual, parts.after_o(), parts.impl), both[:, onto.inputs :]
+    return add_onto(onto, both, residual, parts.after_o(), parts.impl, out), both[:, onto.inputs :]
 
 
 def _holds(x: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 Same arguments, same results, and what is kept is kept as there. The number of tokens is rounded up to that of the
 recording with rows of zeros (`Frame`); sequences, masks and packs are attention's business, which is not recorded.
-Layers that keep all are in `kept_layer`.
+Layers that keep all are in `kept_layer`, the ends of large ones that keep less in `open_layer`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from torch.autograd.function import once_differentiable
 
 from slothrl_kernels.decoder_layer import _backward, _Kept, _versions, decoder_layer
 from slothrl_kernels.kept_layer import kept_layer
-from slothrl_kernels.layer_attention import attention, attention_backward, kept_of
+from slothrl_kernels.layer_attention import Attended, Parked, attention, attention_backward, kept_of
 from slothrl_kernels.layer_frame import Frame
-from slothrl_kernels.layer_parts import LayerParts
+from slothrl_kernels.layer_parts import Keep, LayerParts
 from slothrl_kernels.layer_steps import turned_in
 from slothrl_kernels.lora_flat import views_of_gradients
+from slothrl_kernels.open_layer import open_backward, open_forward
 from slothrl_kernels.recorded_layer import Recorded, addresses
 
 
@@ -55,22 +56,16 @@ class _GraphedLayer(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, parts: LayerParts, recorded: Recorded, save: bool, *adapters: Tensor | None
     ) -> Tensor:
-        frame, rows, follows = recorded.frame, recorded.rows, any(ctx.needs_input_grad)
-        tokens, keep = x.size(0) * x.size(1), parts.keep if follows else "input"
-        _put_in(frame, x, parts)
-        recorded.before()
-        frame.wrote(rows, "qkv", "turned")
-        attended = attention(turned_in(frame, x.shape, parts, keep != "input"), parts, keep != "input")
-        frame.fill("rows", attended.rows)
-        recorded.after()
-        frame.wrote(rows, "state")
+        follows = any(ctx.needs_input_grad)
+        keep = parts.keep if follows else "input"
+        y, kept = (open_forward if recorded.frame.open else _played)(x, parts, recorded, keep)
         if follows:
-            ctx.kept = _Kept(None, kept_of(attended, parts))
+            ctx.kept = _Kept(None, kept)
             ctx.parts = parts._replace(keeper=None)  # it serves once: a second backward keeps nothing
             ctx.recorded, ctx.versions = recorded, _versions(adapters)
             ctx.held = None if save else x
             ctx.save_for_backward(x if save else None)
-        return frame.rows("state", tokens).clone().view(x.shape)
+        return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -85,8 +80,23 @@ class _GraphedLayer(torch.autograd.Function):
             if moved:
                 to_x, found = _backward(x, to_rows, parts, kept)
             else:
-                to_x, found = _replayed(x, to_rows, parts, ctx.recorded, kept)
+                backward = open_backward if ctx.recorded.frame.open else _replayed
+                to_x, found = backward(x, to_rows, parts, ctx.recorded, kept)
         return to_x.view(x.shape), None, None, None, *found
+
+
+def _played(x: Tensor, parts: LayerParts, recorded: Recorded, keep: Keep) -> tuple[Tensor, Attended | Parked | None]:
+    """y (M, h), as a tensor of its own, and what `keep` says of attention for a backward."""
+    frame, rows = recorded.frame, recorded.rows
+    _put_in(frame, x, parts)
+    recorded.before()
+    frame.wrote(rows, "qkv", "turned")
+    attended = attention(turned_in(frame, x.shape, parts, keep != "input"), parts, keep != "input")
+    frame.fill("rows", attended.rows)
+    kept = None if keep == "input" else kept_of(attended, parts)
+    recorded.after()
+    frame.wrote(rows, "state")
+    return frame.rows("state", x.size(0) * x.size(1)).clone(), kept
 
 
 def _replayed(

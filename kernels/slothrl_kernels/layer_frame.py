@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from slothrl_kernels.layer_parts import LayerParts
-from slothrl_kernels.lora_flat import AdapterGradients, rank_of
+from slothrl_kernels.lora_flat import AdapterGradients, count_of, rank_of
 
 VIEWS = 512  # kept at most
+OPEN = 2**23  # values of a layer's input from which on a copy of them costs more than a launch; by bytes, not timed yet
 
 
-def frame_widths(parts: LayerParts, x: Tensor) -> dict[str, int]:
-    """Entries a token of every buffer that a layer of these parts needs.
+def frame_widths(parts: LayerParts, x: Tensor, rows: int) -> dict[str, int]:
+    """Entries a token of every buffer that a layer of these parts needs over so many rows.
 
     x: the layer's input. qkv: as projected, and rotated where no norms come first. turned: normed and rotated, later
     the gradient of q, k and v, which takes qkv's place without norms. rows: attention's output, then its gradient.
@@ -31,7 +32,12 @@ def frame_widths(parts: LayerParts, x: Tensor) -> dict[str, int]:
     gradient beside its products, as down takes it (where a norm follows, what that makes of the one in state); to_u
     likewise for o (to_o where a norm follows); to_qkv; to_n the first norm's, beside the products; product what goes
     into down, beside its products, where `gives_apart`; state.
+
+    With `open_ends`: normed what the first norm gives beside its products; u the stream after attention; shrunk o's
+    products; to_y and to_qkv as above; shared: what of `shared_widths` is in use at one time.
     """
+    if open_ends(parts, x, rows):
+        return _open_widths(parts, x)
     hidden, wide = x.size(-1), parts.heads * parts.width
     qkv = wide + 2 * parts.kv_heads * parts.width
     if parts.keep == "all":
@@ -46,6 +52,27 @@ def frame_widths(parts: LayerParts, x: Tensor) -> dict[str, int]:
     if parts.tables is not None:
         widths |= {"cos": parts.tables[0].size(-1), "sin": parts.tables[1].size(-1)}
     return widths
+
+
+def _open_widths(parts: LayerParts, x: Tensor) -> dict[str, int]:
+    hidden, heads = x.size(-1), parts.heads + 2 * parts.kv_heads
+    widths = {"normed": hidden + rank_of(parts.qkv), "u": hidden, "shrunk": rank_of((parts.o,))}
+    widths |= {"to_y": hidden + rank_of((parts.down,)), "to_qkv": heads * parts.width}
+    return widths | {"shared": max(sum(turn.values()) for turn in shared_widths(parts, x))}
+
+
+def shared_widths(parts: LayerParts, x: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+    """What `open_ends` need in a forward alone and in a backward alone, in memory that the two share.
+
+    A step writes all rows of these before anything reads them, or nothing in a sum over rows does: none must be zeros.
+    normed_mlp: the second norm's result beside its rank products; product: what goes into down beside its products.
+    to_u: the gradient after attention beside o's products; to_rows: attention's output's; to_n: the first norm's,
+    beside the products.
+    """
+    hidden = x.size(-1)
+    forward = {"normed_mlp": hidden + rank_of(parts.inner), "product": _into_down(parts)}
+    backward = {"to_u": hidden + rank_of((parts.o,)), "to_rows": parts.heads * parts.width}
+    return forward, backward | {"to_n": hidden + rank_of(parts.qkv)}
 
 
 class Buffers:
@@ -69,7 +96,7 @@ class Buffers:
 
     def rows(self, name: str, count: int) -> Tensor:
         """(count, width), the first rows of a buffer."""
-        return self.view((name, count), lambda: self._held[name][:count])
+        return self.view((name, count), lambda: self._whole(name)[:count])
 
     def view(self, key: tuple, make: Callable[[], Any]) -> Any:
         """What `make` makes of the buffers' memory, made once: views cost the host as much as work does."""
@@ -79,13 +106,16 @@ class Buffers:
             self._views[key] = make()
         return self._views[key]
 
+    def _whole(self, name: str) -> Tensor:
+        return self._held[name]
+
     def left(self, name: str, count: int, width: int) -> Tensor:
         """(count, width), the left columns of `rows`."""
-        return self.view((name, count, width), lambda: self._held[name][:count, :width])
+        return self.view((name, count, width), lambda: self._whole(name)[:count, :width])
 
     def right(self, name: str, count: int, begin: int) -> Tensor:
         """(count, the rest), the columns of `rows` from `begin` on."""
-        return self.view((name, count, begin, "right"), lambda: self._held[name][:count, begin:])
+        return self.view((name, count, begin, "right"), lambda: self._whole(name)[:count, begin:])
 
     def fill(self, name: str, source: Tensor) -> None:
         """source (M, width or fewer) into the left of the first rows; zeros below them."""
@@ -115,6 +145,7 @@ class Frame(Buffers):
     """The buffers of `frame_widths`, and `found`: a layer's adapter gradients, in the adapters' dtype.
 
     Where layers keep all: `found` in the computation's dtype; `joined` [W | B] of down (h, F + R), where `gives_apart`.
+    An `open` one is for layers with `open_ends`: `found` likewise; `values`: the adapters', as `adapter_values` takes it.
 
     Args:
         capacity: rows.
@@ -122,23 +153,37 @@ class Frame(Buffers):
     """
 
     def __init__(self, capacity: int, parts: LayerParts, x: Tensor) -> None:
-        super().__init__(capacity, frame_widths(parts, x), x)
-        self.key = frame_key(parts, x)
+        super().__init__(capacity, frame_widths(parts, x, capacity), x)
+        self.key, self.open = frame_key(parts, x, capacity), open_ends(parts, x, capacity)
         counts = [AdapterGradients([group], x.new_empty(0)).places.count for group in parts.groups]
         self.first, (dtype,) = counts[0], adapter_dtypes(parts)
         whole = parts.keep == "all"
-        self.found = x.new_zeros(sum(counts), dtype=x.dtype if whole else dtype)  # of q, k and v first
+        self.found = x.new_zeros(sum(counts), dtype=x.dtype if whole or self.open else dtype)  # of q, k and v first
+        self.values = x.new_zeros(count_of(parts.groups) if self.open else 0)
+        self._laid = self._lay(shared_widths(parts, x)) if self.open else {}
         self.joined = x.new_zeros(x.size(-1), _into_down(parts) if whole and gives_apart(parts) else 0)
         self._tables: tuple[Tensor, Tensor] | None = None
         self._seen: list[Any] = []
 
     @property
     def nbytes(self) -> int:
-        return self.found.nbytes + self.joined.nbytes + super().nbytes
+        return self.found.nbytes + self.values.nbytes + self.joined.nbytes + super().nbytes
 
     def clear(self) -> None:
         super().clear()
         self._tables = None
+
+    def _lay(self, turns: tuple[dict[str, int], ...]) -> dict[str, Tensor]:
+        """The buffers of every turn beside each other in the memory of "shared"."""
+        shared, found = self._held["shared"].view(-1), {}
+        for widths in turns:
+            sizes = [self.capacity * width for width in widths.values()]
+            pieces = shared[: sum(sizes)].split(sizes)
+            found |= {name: piece.view(self.capacity, -1) for name, piece in zip(widths, pieces, strict=True)}
+        return found
+
+    def _whole(self, name: str) -> Tensor:
+        return self._laid[name] if name in self._laid else super()._whole(name)
 
     def set_tables(self, tables: tuple[Tensor, Tensor] | None, shape: torch.Size) -> None:
         """cos and sin (B or 1, S, R), token by token of (B, S, h); nothing to do where they are those of last time."""
@@ -154,10 +199,15 @@ class Frame(Buffers):
         self._tables, self._seen = tables, seen
 
 
-def frame_key(parts: LayerParts, x: Tensor) -> tuple:
-    """Equal for layers that can use one frame."""
+def frame_key(parts: LayerParts, x: Tensor, rows: int) -> tuple:
+    """Equal for layers that can use one frame of so many rows, or of more where `open_ends` are the same."""
     sizes = tuple((p.rank, *p.weight.shape) for p in parts.projections)
-    return (x.dtype, x.device, adapter_dtypes(parts), sizes, tuple(frame_widths(parts, x).items()))
+    return (x.dtype, x.device, adapter_dtypes(parts), sizes, tuple(frame_widths(parts, x, rows).items()))
+
+
+def open_ends(parts: LayerParts, x: Tensor, rows: int) -> bool:
+    """Whether what is at the ends of steps over so many rows of x's width is left to their caller (`open_layer`)."""
+    return parts.keep != "all" and parts.after is None and rows * x.size(-1) >= OPEN
 
 
 def gives_apart(parts: LayerParts) -> bool:

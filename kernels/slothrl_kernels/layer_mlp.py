@@ -48,14 +48,15 @@ def columns_of(tokens: int, inner: int, width: int) -> int:
 
 
 def product(
-    group: LoraGroup, both: Tensor, down: LoraOnto, parts: LayerParts, kept: bool
+    group: LoraGroup, both: Tensor, down: LoraOnto, parts: LayerParts, kept: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """A buffer of down's with act(gate) * up in it, and gate and up beside each other (M, 2 F) where they are `kept`.
 
     Args:
         both: (M, h + R), a norm's result, whose right columns are written here.
+        out: (M, F + R), the buffer of down's, instead of new memory.
     """
-    tiles, out = tiles_of(parts, both), down.input_buffer(both.size(0))
+    tiles, out = tiles_of(parts, both), down.input_buffer(both.size(0)) if out is None else out
     if kept or len(tiles) == 1:
         inner = group.forward(both)
         gate, up = inner.chunk(2, 1)

@@ -7,7 +7,7 @@
 
 They are `decoder_layer`'s own computation, cut at attention, whose shapes follow the sequences; a step follows the
 number of tokens alone, so it can be recorded once. Nothing of a step outlives it but what it copies into the frame.
-Layers that keep all have steps of their own (`kept_steps`).
+Layers that keep all have steps of their own (`kept_steps`), and so have large ones that keep less (`open_steps`).
 """
 
 from __future__ import annotations

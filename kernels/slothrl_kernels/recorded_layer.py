@@ -13,6 +13,7 @@ from slothrl_kernels.layer_own import Own
 from slothrl_kernels.layer_parts import LayerParts
 from slothrl_kernels.layer_recorder import Recorder, Replay
 from slothrl_kernels.layer_steps import LayerSteps
+from slothrl_kernels.open_steps import OpenSteps
 
 GRAIN = 16  # the fewest rows two buckets are apart, and into how many an octave is divided
 
@@ -64,7 +65,7 @@ def record_layer(parts: LayerParts, frame: Frame, rows: int, recorder: Recorder,
     Raises: whatever a step or the recorder raises; RuntimeError for buffers that are taken; ValueError for parts that
         `decoder_layer` would not take.
     """
-    like = frame.rows("state", rows)
+    like = frame.rows("u" if frame.open else "state", rows)
     parts.check(like[None])
     if parts.keep == "all":
         own = own or Own(frame.capacity, parts, like)
@@ -72,7 +73,7 @@ def record_layer(parts: LayerParts, frame: Frame, rows: int, recorder: Recorder,
             raise RuntimeError("a layer's own buffers are in use: no time to record")
         steps: Any = KeptSteps(parts, frame, own, rows)
     else:
-        own, steps = None, LayerSteps(parts, frame, rows)
+        own, steps = None, (OpenSteps if frame.open else LayerSteps)(parts, frame, rows)
     with torch.no_grad(), torch.autocast(like.device.type, enabled=False):
         made = [recorder.record(step) for step in (steps.before, steps.after, steps.middle, steps.last)]
     frame.clear()

@@ -18,7 +18,8 @@ from test_packed_model import by_pack, by_rows, ids_and_weights, make_model
 from transformers import BitsAndBytesConfig
 
 from slothrl.activations import keep_activations
-from slothrl.fit_activations import MicroBatch, Route, fused_mlp_bytes, graphed_bytes, kept_frame_bytes
+from slothrl.fit_activations import MicroBatch, Route, fused_mlp_bytes
+from slothrl.fit_graphs import graphed_bytes, kept_frame_bytes
 from slothrl.fit_shape import Shape
 from slothrl.fuse import fuse, unfuse
 from slothrl.graphs import ARRIVALS, graph_layers, graphs_of
