@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from slothrl.fit_activations import MicroBatch, Route, activation_peak, layer_peak, whole_layers
-from slothrl.fit_graphs import graphed_bytes
 from slothrl.fit_batch import keeping_layers, micro_batch
 from slothrl.fit_constants import GIB, constant
+from slothrl.fit_graphs import graphed_bytes
 from slothrl.fit_shape import Shape
 from slothrl.fit_terms import (
     adapter_bytes,

@@ -145,7 +145,7 @@ class Frame(Buffers):
     """The buffers of `frame_widths`, and `found`: a layer's adapter gradients, in the adapters' dtype.
 
     Where layers keep all: `found` in the computation's dtype; `joined` [W | B] of down (h, F + R), where `gives_apart`.
-    An `open` one is for layers with `open_ends`: `found` likewise; `values`: the adapters', as `adapter_values` takes it.
+    An `open` one is for `open_ends`: `found` likewise; `values`: the adapters', where `adapter_values` puts them.
 
     Args:
         capacity: rows.

@@ -1,10 +1,10 @@
-"""`LayerSteps` of a large layer that keeps less than all, with open ends: what reads or writes autograd's own tensors, or
-what is kept, is its caller's (`open_layer`), so that nothing is copied for being somewhere else at every call.
+"""`LayerSteps` of a large layer that keeps less than all, with open ends: what reads or writes autograd's own tensors,
+or what is kept, is its caller's (`open_layer`), so that nothing is copied for being somewhere else at every call.
 
     before   the adapters' values, for all steps and the caller
     after    norm(u) -> what goes into down
     middle   u, [dy | …] -> [du | du B], the gradient of attention's output, those of o's B, gate, up and down
-    last     norm(x), the gradients of what q's, k's and v's projections gave -> that of norm(x), those of their adapters
+    last     norm(x), the gradients of what q, k and v's projections gave -> that of norm(x), those of their adapters
 """
 
 from __future__ import annotations

@@ -42,8 +42,9 @@ def model_of(folder):
     return model
 
 
-def counted(model, seen, times):
-    """(launches, bytes copied) of the first layer's forward and of its backward, over 2 x 304 tokens."""
+def counted(model, seen, times, whole=False):
+    """(launches, bytes copied) of the first layer's forward and of its backward, over 2 x 304 tokens; or of all layers
+    with what is around them, where they keep what `keep_activations` said."""
     decoder = model.get_base_model().model
     x = torch.randn(2, 304, 128, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
     tables, found = decoder.rotary_emb(x, torch.arange(304)[None]), []
@@ -52,7 +53,10 @@ def counted(model, seen, times):
         x.grad = None
         with seen, torch.autocast("cpu", torch.bfloat16):
             seen.count = seen.copied = 0
-            y = decoder.layers[0](x, attention_mask=None, position_embeddings=tables, use_cache=False)
+            if whole:
+                y = decoder(inputs_embeds=x, use_cache=False).last_hidden_state
+            else:
+                y = decoder.layers[0](x, attention_mask=None, position_embeddings=tables, use_cache=False)
             found = [(seen.count, seen.copied)]
         loss = y.sum()
         with seen:
@@ -75,25 +79,15 @@ def test_the_same_training(policy, folders, monkeypatch):  # noqa: F811
     assert recorder.records == 8 and [frame.open for frame in graphs_of(model)._frames.values()] == [True]
 
 
-@pytest.mark.parametrize("policy", ["layer", "attention"])
-def test_how_much_is_launched_copied_and_held(policy, folders, monkeypatch):  # noqa: F811
-    """No byte more is copied than without recordings, but o's rank products; and `fit` knows the frame."""
+def test_how_much_is_launched_copied_and_held(folders, monkeypatch):  # noqa: F811
+    """No byte more is copied than without recordings; and `fit` knows the frame."""
     monkeypatch.setattr(layer_frame, "OPEN", 1)
     monkeypatch.setattr(fit_graphs, "OPEN", 1)
     model, seen = model_of(folders("llama")), Copies(monkeypatch)
-    graphed(model, Rerun())
-    keep_activations(model, policy)
-    graph_layers(model, "off")
-    eager = counted(model, seen, 2)
-    graph_layers(model, "on", Rerun())
-    copied = counted(model, seen, ARRIVALS + 3)
-    recorder = Silent()
+    recorder = graphed(model, Silent())
     recorder.seen = seen
-    graph_layers(model, "on", recorder)
-    launched = counted(model, seen, ARRIVALS + 3)
-    print(policy, eager, copied, launched)
-    assert copied[0][1] == eager[0][1] and copied[1][1] - eager[1][1] <= 608 * 8 * 2
-    assert launched[0][0] <= 16 and launched[1][0] <= 24, launched
+    (forward, _), (backward, _) = counted(model, seen, ARRIVALS + 3)
+    assert forward <= 17 and backward <= 23, (forward, backward)  # one each is attention's on a CPU
     options = {name: COMMON[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size")}
     heads = [COMMON[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")]
     shape = Shape(*options.values(), *heads, matrices=((256, 128),), embedding=0, head=0, rest=0, rank=8)
@@ -101,3 +95,11 @@ def test_how_much_is_launched_copied_and_held(policy, folders, monkeypatch):  # 
     predicted = graphed_bytes(shape, batch, Route()) - fused_mlp_bytes(shape, batch, 2, quantized=True)
     adapters = sum(p.numel() for p in model.get_base_model().model.layers[0].parameters() if p.requires_grad)
     assert graphs_of(model).nbytes == predicted + 2 * 2 * adapters  # their values, their gradients
+    for policy in ("layer", "attention"):
+        keep_activations(model, policy)
+        graph_layers(model, "off")
+        eager = counted(model, seen, 2, whole=True)
+        graph_layers(model, "on", Rerun())
+        ours = counted(model, seen, ARRIVALS + 3, whole=True)
+        assert all(frame.open for frame in graphs_of(model)._frames.values()) and graphs_of(model).recorded
+        assert [copied for _, copied in ours] == [copied for _, copied in eager]
