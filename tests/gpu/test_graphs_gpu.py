@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from slothrl_kernels import kept_steps
+from slothrl_kernels import kept_steps, layer_frame
 from slothrl_kernels.decoder_layer import decoder_layer
 from slothrl_kernels.graphed_layer import graphed_layer
 from slothrl_kernels.layer_frame import Frame
@@ -37,7 +37,7 @@ def played(rows):
     return call
 
 
-@pytest.mark.parametrize("keep", ["input", "attention", "all", "all, ends apart"])
+@pytest.mark.parametrize("keep", ["input", "input, open", "attention", "attention, open", "all", "all, ends apart"])
 @pytest.mark.parametrize("shape", LAYERS)
 def test_a_layer_to_the_bit(shape, keep, monkeypatch):
     """The same kernels over the same numbers of rows; attention in plain torch, which adds up in one order.
@@ -49,7 +49,8 @@ def test_a_layer_to_the_bit(shape, keep, monkeypatch):
 
     if keep.endswith("apart"):
         monkeypatch.setattr(kept_steps, "APART", 1)
-        keep = "all"
+    monkeypatch.setattr(layer_frame, "OPEN", 1 if keep.endswith("open") else 1 << 62)
+    keep = keep.partition(",")[0]
     layer, group = layer_of(shape, keep)
     x = torch.randn(
         TOKENS, LAYERS[shape][0], device="cuda", generator=torch.Generator("cuda").manual_seed(7)
@@ -62,12 +63,13 @@ def test_a_layer_to_the_bit(shape, keep, monkeypatch):
         assert torch.equal(a, b) or (keep == "all" and i in OF_B and apart < CLOSE / 10), (i, apart)
 
 
-@pytest.mark.parametrize("keep", ["input", "all"])
+@pytest.mark.parametrize("keep", ["input", "input, open", "attention, open", "all"])
 @pytest.mark.parametrize("shape", LAYERS)
 def test_a_layer_with_rows_to_spare(shape, keep, monkeypatch):
     """No further from float64 than the reference in bf16, with a quarter more rows than tokens."""
     monkeypatch.setattr(kept_steps, "APART", TOKENS)
-    layer, group = layer_of(shape, keep)
+    monkeypatch.setattr(layer_frame, "OPEN", 1 if keep.endswith("open") else 1 << 62)
+    layer, group = layer_of(shape, keep.partition(",")[0])
     ours = lambda x, g: layer(played(TOKENS + TOKENS // 4), x, g)  # noqa: E731
     assert_no_worse(ours, lambda x, g: layer(decoder_layer_reference, x, g), group)
 
@@ -100,6 +102,8 @@ def test_a_model_by_graphs(shape, policy):
     assert graphs is not None and not graphs.stopped and len(graphs.recorded) == 1
     assert [len(layers) for layers in graphs.recorded.values()] == [2 if shape.startswith("8b") else 4]
     assert graphs.nbytes > 2048 * model.config.hidden_size * 2
+    large = shape.startswith("8b") and policy != "no checkpoints"
+    assert [frame.open for frame in graphs._frames.values()] == [large]
 
 
 def test_several_sizes_accumulated_over_updates():
