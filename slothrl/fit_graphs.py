@@ -54,10 +54,14 @@ def open_frame_bytes(shape: Shape, batch: MicroBatch, route: Route) -> int:
         e max(h + m + 3r, 2h + q + 4r)   the second norm and what goes into down; the gradients after attention, of
                                attention's output and of the first norm, in the same memory
 
-    a token.
+    a token, and where weights are quantised, unpacked beside their adapters, those of q, k, v and o or that of down,
+
+        e max((q + 2v) (h + 3r) + h (q + r), h (m + r))
     """
     h, m, q = shape.hidden, shape.mlp, shape.query
+    given = q + 2 * shape.key_value
     one, two, three = (-(-count * shape.rank // 8) * 8 for count in (1, 2, 3))
-    per_token = 3 * h + q + 2 * shape.key_value + three + 2 * one
+    per_token = 3 * h + given + three + 2 * one
     per_token += max(h + two + m + one, 2 * h + q + one + three)
-    return route.width * batch.tokens * per_token
+    weights = max(given * (h + three) + h * (q + one), h * (m + one)) if route.quantized else 0
+    return route.width * (batch.tokens * per_token + weights)

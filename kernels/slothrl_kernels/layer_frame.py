@@ -8,7 +8,7 @@ gradients in every sum over rows, so nothing of them reaches a parameter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from slothrl_kernels.layer_parts import LayerParts
 from slothrl_kernels.lora_flat import AdapterGradients, count_of, rank_of
+from slothrl_kernels.lora_math import Projection
 
 VIEWS = 512  # kept at most
 OPEN = 2**23  # values of a layer's input from which on a copy of them costs more than a launch; by bytes, not timed yet
@@ -145,7 +146,8 @@ class Frame(Buffers):
     """The buffers of `frame_widths`, and `found`: a layer's adapter gradients, in the adapters' dtype.
 
     Where layers keep all: `found` in the computation's dtype; `joined` [W | B] of down (h, F + R), where `gives_apart`.
-    An `open` one is for `open_ends`: `found` likewise; `values`: the adapters', where `adapter_values` puts them.
+    An `open` one is for `open_ends`: `found` likewise; `values`: the adapters', where `adapter_values` puts them;
+    `weights`: [W | B] of "qkv", "o" and "down", of those that are packed, the last in the memory of the others.
 
     Args:
         capacity: rows.
@@ -161,13 +163,17 @@ class Frame(Buffers):
         self.found = x.new_zeros(sum(counts), dtype=x.dtype if whole or self.open else dtype)  # of q, k and v first
         self.values = x.new_zeros(count_of(parts.groups) if self.open else 0)
         self._laid = self._lay(shared_widths(parts, x)) if self.open else {}
+        shapes = [_joined_shapes(parts, names) for names in (("qkv", "o"), ("down",))] if self.open else []
+        self._joined = x.new_zeros(max((sum(h * w for h, w in turn.values()) for turn in shapes), default=0))
+        self.weights = {name: x for turn in shapes for name, x in _views_in(self._joined, turn).items()}
         self.joined = x.new_zeros(x.size(-1), _into_down(parts) if whole and gives_apart(parts) else 0)
         self._tables: tuple[Tensor, Tensor] | None = None
         self._seen: list[Any] = []
 
     @property
     def nbytes(self) -> int:
-        return self.found.nbytes + self.values.nbytes + self.joined.nbytes + super().nbytes
+        beside = (self.found, self.values, self.joined, self._joined)
+        return sum(x.nbytes for x in beside) + super().nbytes
 
     def clear(self) -> None:
         super().clear()
@@ -177,9 +183,7 @@ class Frame(Buffers):
         """The buffers of every turn beside each other in the memory of "shared"."""
         shared, found = self._held["shared"].view(-1), {}
         for widths in turns:
-            sizes = [self.capacity * width for width in widths.values()]
-            pieces = shared[: sum(sizes)].split(sizes)
-            found |= {name: piece.view(self.capacity, -1) for name, piece in zip(widths, pieces, strict=True)}
+            found |= _views_in(shared, {name: (self.capacity, width) for name, width in widths.items()})
         return found
 
     def _whole(self, name: str) -> Tensor:
@@ -199,9 +203,30 @@ class Frame(Buffers):
         self._tables, self._seen = tables, seen
 
 
+def _views_in(flat: Tensor, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """Matrices one after the other in `flat`, from its begin on."""
+    sizes = [height * width for height, width in shapes.values()]
+    pieces = zip(shapes.items(), flat[: sum(sizes)].split(sizes), strict=True)
+    return {name: piece.view(shape) for (name, shape), piece in pieces}
+
+
+def _joined_shapes(parts: LayerParts, names: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    groups = {"qkv": parts.qkv, "o": (parts.o,), "down": (parts.down,)}
+    packed = {name: groups[name] for name in names if is_packed(groups[name])}
+    return {
+        name: (sum(p.weight.shape[0] for p in group), group[0].weight.shape[1] + rank_of(group))
+        for name, group in packed.items()
+    }
+
+
+def is_packed(group: Sequence[Projection]) -> bool:
+    """Whether none of a group's weights is dense."""
+    return not any(isinstance(p.weight, Tensor) for p in group)
+
+
 def frame_key(parts: LayerParts, x: Tensor, rows: int) -> tuple:
     """Equal for layers that can use one frame of so many rows, or of more where `open_ends` are the same."""
-    sizes = tuple((p.rank, *p.weight.shape) for p in parts.projections)
+    sizes = tuple((p.rank, *p.weight.shape, is_packed([p])) for p in parts.projections)
     return (x.dtype, x.device, adapter_dtypes(parts), sizes, tuple(frame_widths(parts, x, rows).items()))
 
 

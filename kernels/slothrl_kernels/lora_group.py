@@ -64,13 +64,23 @@ class LoraGroup:
         y = both.new_empty(both.size(0), self.outputs) if out is None else out
         if not self._packed:
             return self._forward_dense(both, y)
-        whole = self._unpacked()
+        whole = self._unpacked() if self._whole is None else self._whole
         if (bias := self.bias()) is None:
             torch.mm(both, whole.T, out=y)
         else:
             torch.addmm(bias, both, whole.T, out=y)
         self._whole = whole if hold else None
         return y
+
+    def held(self, whole: Tensor | None) -> LoraGroup:
+        """Itself, with what `unpacked` gave, if anything, for one `forward` or `input_gradient`."""
+        self._whole = whole
+        return self
+
+    def unpacked(self, out: Tensor) -> Tensor:
+        """[W_i | B_i at its own columns of R] (N, K + R) of packed W_i, in `out`."""
+        pieces = zip(self.projections, self.b, self.spans, strict=True)
+        return unpack_group([Part(p.weight, b, span.start) for p, b, span in pieces], out, impl=self.impl)
 
     def shrink_into(self, both: Tensor) -> None:
         """x A'^T into the right columns of both (M, K + R)."""
@@ -119,10 +129,7 @@ class LoraGroup:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _unpacked(self) -> Tensor:
-        """[W_i | B_i at its own columns of R] (N, K + R)."""
-        whole = self.like.new_empty(self.outputs, self.inputs + self.rank)
-        pieces = zip(self.projections, self.b, self.spans, strict=True)
-        return unpack_group([Part(p.weight, b, span.start) for p, b, span in pieces], whole, impl=self.impl)
+        return self.unpacked(self.like.new_empty(self.outputs, self.inputs + self.rank))
 
     def _forward_dense(self, both: Tensor, y: Tensor) -> Tensor:
         x = both[:, : self.inputs]
@@ -157,6 +164,12 @@ class LoraOnto:
         self.outputs, self.inputs = projection.weight.shape
         self.a, self.b = adapters.a, adapters.b[0]
         self.rank = 0 if self.a is None else self.a.size(0)
+        self._whole: Tensor | None = None
+
+    def held(self, whole: Tensor | None) -> LoraOnto:
+        """Itself, with what `joined` gave, if anything, for `forward`."""
+        self._whole = whole
+        return self
 
     def input_buffer(self, tokens: int) -> Tensor:
         """Memory for [x | x A'^T] (M, K + R)."""
@@ -179,7 +192,7 @@ class LoraOnto:
             if residual is not None:
                 return torch.add(y, residual, out=y if out is None else out)
             return y if out is None else out.copy_(y)
-        whole = self.joined()
+        whole = self.joined() if self._whole is None else self._whole
         y = both.new_empty(both.size(0), self.outputs) if out is None else out
         torch.mm(both, whole.T, out=y) if residual is None else torch.addmm(residual, both, whole.T, out=y)
         return y if p.bias is None else y.add_(p.bias.detach())

@@ -30,14 +30,14 @@ def open_forward(
     recorded.before()
     normed = _first_norm(x, parts, frame)
     attended = attend(normed.group.forward(normed.both), shape, parts, keep != "input")
-    (u, _), _ = _onto_residual(_onto(parts, frame, x, 1), attended.rows, x, parts)
+    (u, _), _ = _onto_residual(_onto(parts, frame, x, "o"), attended.rows, x, parts)
     kept = None if keep == "input" else kept_of(attended, parts)
     del attended
     both = frame.rows("normed_mlp", x.size(0))
     _normed(u, parts.second, parts.inner, _values(parts, frame)[2], parts, both)
     recorded.after()
     product = frame.rows("product", x.size(0))
-    return _onto(parts, frame, x, 3).forward(product, u, u), kept  # over u: torch would copy it to add to it
+    return _onto(parts, frame, x, "down").forward(product, u, u), kept  # over u: torch would copy it to add to it
 
 
 def open_backward(
@@ -56,7 +56,7 @@ def open_backward(
     if attended is None:
         attended = attend(normed.group.forward(normed.both), shape, parts, watched=True)
     rows = attended.rows
-    _, shrunk = _onto_residual(_onto(parts, frame, x, 1), rows, x, parts, frame.rows("u", tokens))
+    _, shrunk = _onto_residual(_onto(parts, frame, x, "o"), rows, x, parts, frame.rows("u", tokens))
     frame.end("u", tokens)
     frame.fill("shrunk", shrunk)
     frame.fill("to_y", to_y)
@@ -81,11 +81,14 @@ def _first_norm(x: Tensor, parts: LayerParts, frame: Frame) -> _Normed:
     values = _values(parts, frame)[0]
     normed = _normed(x, parts.first, parts.qkv, values, parts, frame.rows("normed", x.size(0)))
     frame.end("normed", x.size(0))
+    normed.group.held(frame.weights.get("qkv"))
     return normed
 
 
-def _onto(parts: LayerParts, frame: Frame, x: Tensor, place: int) -> LoraOnto:
-    return LoraOnto(parts.groups[place][0], _values(parts, frame)[place], x, parts.impl)
+def _onto(parts: LayerParts, frame: Frame, x: Tensor, name: str) -> LoraOnto:
+    projection, place = (parts.o, 1) if name == "o" else (parts.down, 3)
+    onto = LoraOnto(projection, _values(parts, frame)[place], x, parts.impl)
+    return onto.held(frame.weights.get(name))
 
 
 def _values(parts: LayerParts, frame: Frame) -> list[Adapters]:

@@ -1,8 +1,8 @@
 """`LayerSteps` of a large layer that keeps less than all, with open ends: what reads or writes autograd's own tensors,
 or what is kept, is its caller's (`open_layer`), so that nothing is copied for being somewhere else at every call.
 
-    before   the adapters' values, for all steps and the caller
-    after    norm(u) -> what goes into down
+    before   the adapters' values, for all steps and the caller; the weights of q, k and v and of o, unpacked
+    after    norm(u) -> what goes into down; its weight, unpacked
     middle   u, [dy | …] -> [du | du B], the gradient of attention's output, those of o's B, gate, up and down
     last     norm(x), the gradients of what q, k and v's projections gave -> that of norm(x), those of their adapters
 """
@@ -41,11 +41,18 @@ class OpenSteps:
 
     def before(self) -> None:
         adapter_values(self.parts.groups, self.u, self.frame.values)
+        weights = self.frame.weights
+        if "qkv" in weights:
+            self._group(0).unpacked(weights["qkv"])
+        if "o" in weights:
+            self._onto(1).joined(weights["o"])
 
     def after(self) -> None:
         parts = self.parts
-        group = LoraGroup(parts.inner, self.values[2], self.u, parts.impl)
-        product(group, self.rows("normed_mlp"), self._onto(3), parts, kept=False, out=self.rows("product"))
+        down = self._onto(3)
+        product(self._group(2), self.rows("normed_mlp"), down, parts, kept=False, out=self.rows("product"))
+        if "down" in self.frame.weights:
+            down.joined(self.frame.weights["down"])
 
     def middle(self) -> None:
         parts, u, upstream, to_u = self.parts, self.u, self.rows("to_y"), self.rows("to_u")
@@ -61,11 +68,14 @@ class OpenSteps:
         onto.times_weight(to_u, self.rows("to_rows"))
 
     def last(self) -> None:
-        parts, both, to_qkv = self.parts, self.rows("normed"), self.rows("to_qkv")
-        group = LoraGroup(parts.qkv, self.values[0], self.u, parts.impl)
+        both, to_qkv = self.rows("normed"), self.rows("to_qkv")
+        group = self._group(0).held(self.frame.weights.get("qkv"))  # from `before`: a backward has no "down" there
         group.shrink_into(both)
         _, to_xa = group.input_gradient(to_qkv, self.rows("to_n"))
         group.parameter_gradients(both, to_xa, to_qkv, self.gradients[0])
+
+    def _group(self, place: int) -> LoraGroup:
+        return LoraGroup(self.parts.groups[place], self.values[place], self.u, self.parts.impl)
 
     def _onto(self, place: int) -> LoraOnto:
         return LoraOnto(self.parts.groups[place][0], self.values[place], self.u, self.parts.impl)

@@ -21,7 +21,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("policy", ["layer", "both"])
 def test_open_ends_train_the_same_in_about_the_same_memory(policy, monkeypatch):
-    """As the same layers with all ends in their steps: what the frame has more, recorded steps hold less."""
+    """As the same layers with all ends in their steps: of what the frame has more, recorded steps hold half less."""
     model, ids, held = adapted("8b, 2 layers"), ids_of(2, 2048), []
     fuse(model)
     keep_activations(model, policy)
@@ -37,7 +37,7 @@ def test_open_ends_train_the_same_in_about_the_same_memory(policy, monkeypatch):
         assert graphs is not None and not graphs.stopped and len(graphs.recorded) == 1
         assert [frame.open for frame in graphs._frames.values()] == [least == 1]
         held.append(graphs.nbytes + found[2])
-    assert held[1] - held[0] <= 200 << 20, held
+    assert held[1] - held[0] <= 300 << 20, held  # 130 expected
 
 
 @pytest.mark.parametrize("policy", ["layer", "attention"])

@@ -157,7 +157,11 @@ def test_what_is_held():
     widths = (64 + 8) + 64 + 8 + (64 + 8) + 128  # normed, u, shrunk, to_y, to_qkv
     widths += max((64 + 16) + (128 + 8), (64 + 8) + 64 + (64 + 8))  # normed_mlp product; to_u to_rows to_n
     frame = played.recorded.frame
-    assert frame.nbytes == 4 * (32 * widths + frame.found.numel() + frame.values.numel())
+    weights = max(128 * (64 + 8) + 64 * (64 + 8), 64 * (128 + 8))  # of q, k, v and o; of down
+    assert frame.nbytes == 4 * (32 * widths + frame.found.numel() + frame.values.numel() + weights)
+    assert {name: tuple(x.shape) for name, x in frame.weights.items()} == {
+        "qkv": (128, 72), "o": (64, 72), "down": (64, 136),
+    }  # fmt: skip
     shared = frame.rows("shared", 32).data_ptr()
     assert frame.rows("normed_mlp", 32).data_ptr() == frame.rows("to_u", 32).data_ptr() == shared
 
