@@ -21,7 +21,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("policy", ["layer", "both"])
 def test_open_ends_train_the_same_in_about_the_same_memory(policy, monkeypatch):
-    """As the same layers with all ends in their steps: of what the frame has more, recorded steps hold half less."""
+    """As the same layers with all ends in their steps: recorded steps do without part of what the frame has more."""
     model, ids, held = adapted("8b, 2 layers"), ids_of(2, 2048), []
     fuse(model)
     keep_activations(model, policy)
