@@ -217,8 +217,8 @@ def activation_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
         forward    L (layer + product) + e h T + head + e x LoRA
         backward   L (layer + product) + final norm's backward, or backward of the last matrix - product
 
-    (fused: gate and up are kept, 2 e m, and the product is made again). To each one byte for every entry of the
-    attention mask.
+    (fused: gate and up are kept, 2 e m, and the product is made again; whole layers keep what they keep with
+    checkpointing too where they keep all). To each one byte for every entry of the attention mask.
     """
     width, head = route.width, head_bytes(shape, batch, route.width)
     states = batch.tokens * width * shape.hidden
@@ -242,10 +242,12 @@ def activation_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
 def _whole_layer(shape: Shape, batch: MicroBatch, route: Route) -> tuple[int, int]:
     """Without checkpointing: what a layer keeps, its MLP included, and what the last one's backward adds to that."""
     if route.fused:
-        kept = 2 * product_bytes(shape, batch, route.width)  # gate and up
-        mlp = fused_mlp_bytes(shape, batch, route.width, route.quantized, kept=True)
         # Where gate and up were kept, their gradients do not overwrite them.
-        return fused_layer_bytes(shape, batch, route.width) + kept, mlp
+        mlp = fused_mlp_bytes(shape, batch, route.width, route.quantized, kept=True)
+        if whole_layers(shape, fused=True):  # norms are made again
+            numbers = shape.hidden + attention_numbers(shape, fused=True) + rest_numbers(shape)
+            return batch.tokens * (route.width * numbers + 4 * shape.heads) + route.width * batch.mask_cells, mlp
+        return fused_layer_bytes(shape, batch, route.width) + 2 * product_bytes(shape, batch, route.width), mlp
     product = product_bytes(shape, batch, route.width)
     layer = layer_bytes(shape, batch, route.width, route.quantized)
     return layer + product, backward_bytes(shape, batch, route.width, route.quantized) - product

@@ -23,7 +23,7 @@ from slothrl_kernels.switch import HAS_TRITON, Impl, takes_triton
 if TYPE_CHECKING or HAS_TRITON:
     import triton
 
-TILE = 1024  # pairs a program holds at once
+TILE = 2048  # pairs of q, and of k, that a program holds at once
 
 
 def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
@@ -146,6 +146,11 @@ class _Rope(torch.autograd.Function):
         return to_q, to_k, None, None, None
 
 
+def heads_at_once(x: Tensor, half_block: int) -> int:
+    """Of x (B, H, S, D), a power of two."""
+    return max(1, min(triton.next_power_of_2(x.size(1)), TILE // half_block))
+
+
 def written_to(out: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """`found` copied into `out`, which is returned."""
     for target, made in zip(out, found, strict=True):
@@ -185,7 +190,8 @@ def _turn(
                 turned // 2,
                 0 if in_place else width - turned,
                 BACKWARD=backward,
-                HEADS=max(1, min(triton.next_power_of_2(max(q.size(1), k.size(1))), TILE // half_block)),
+                Q_HEADS=heads_at_once(q, half_block),
+                K_HEADS=heads_at_once(k, half_block),
                 HALF=half_block,
                 REST=triton.next_power_of_2(max(1, width - turned)),
                 num_warps=4,

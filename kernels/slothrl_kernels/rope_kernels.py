@@ -11,45 +11,57 @@ if TYPE_CHECKING or HAS_TRITON:
 
 
 @jit
-def _turn_heads(
-    x,
+def _pairs(x, x_stride, start, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
+    """Both halves of some heads of one token, in float32; x points at its first head."""
+    head = (start + tl.arange(0, HEADS)).to(tl.int64)[:, None]
+    place = tl.arange(0, HALF)[None, :]
+    inside = (head < heads) & (place < half)
+    source = x + head * x_stride + place
+    a = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    return a, tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
+def _put(
     y,
-    x_stride,
     y_stride,
+    start,
     heads,
+    half,
+    a,
+    b,
     first_cos,
     first_sin,
     second_cos,
     second_sin,
-    half,
-    rest,
     BACKWARD: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
-    REST: tl.constexpr,
 ):
-    """All heads of one token: x and y point at its first head."""
-    place = tl.arange(0, HALF)
+    """The same pairs turned, to where y has them."""
+    head = (start + tl.arange(0, HEADS)).to(tl.int64)[:, None]
+    place = tl.arange(0, HALF)[None, :]
+    inside = (head < heads) & (place < half)
+    if BACKWARD:
+        c = a * first_cos + b * second_sin
+        d = b * second_cos - a * first_sin
+    else:
+        c = a * first_cos - b * first_sin
+        d = b * second_cos + a * second_sin
+    target = y + head * y_stride + place
+    tl.store(target, c.to(y.dtype.element_ty), mask=inside)
+    tl.store(target + half, d.to(y.dtype.element_ty), mask=inside)
+
+
+@jit
+def _put_rest(x, y, x_stride, y_stride, heads, begin, rest, HEADS: tl.constexpr, REST: tl.constexpr):
+    """What is not turned, of all heads of one token."""
     for start in range(0, heads, HEADS):
         head = (start + tl.arange(0, HEADS)).to(tl.int64)[:, None]
-        inside = (head < heads) & (place[None, :] < half)
-        source = x + head * x_stride + place[None, :]
-        a = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
-        if BACKWARD:
-            c = a * first_cos + b * second_sin
-            d = b * second_cos - a * first_sin
-        else:
-            c = a * first_cos - b * first_sin
-            d = b * second_cos + a * second_sin
-        target = y + head * y_stride + place[None, :]
-        tl.store(target, c.to(y.dtype.element_ty), mask=inside)
-        tl.store(target + half, d.to(y.dtype.element_ty), mask=inside)
-        if rest > 0:
-            place_rest = tl.arange(0, REST)[None, :]
-            inside_rest = (head < heads) & (place_rest < rest)
-            kept = tl.load(x + head * x_stride + 2 * half + place_rest, mask=inside_rest, other=0.0)
-            tl.store(y + head * y_stride + 2 * half + place_rest, kept, mask=inside_rest)
+        place = tl.arange(0, REST)[None, :]
+        inside = (head < heads) & (place < rest)
+        kept = tl.load(x + head * x_stride + begin + place, mask=inside, other=0.0)
+        tl.store(y + head * y_stride + begin + place, kept, mask=inside)
 
 
 @jit
@@ -82,10 +94,12 @@ def rope_kernel(
     half,
     rest,
     BACKWARD: tl.constexpr,
-    HEADS: tl.constexpr,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
 ):
+    """The first Q_HEADS and K_HEADS are asked for before anything is stored: a load behind a store waits for it."""
     batch = (tl.program_id(0) // length).to(tl.int64)  # 64 bits: batch * stride may pass 2**31
     token = (tl.program_id(0) % length).to(tl.int64)
     place = tl.arange(0, HALF)
@@ -97,39 +111,19 @@ def rope_kernel(
     second_sin = tl.load(sin + half + place, mask=place < half, other=0.0).to(tl.float32)[None, :]
     q += batch * q_batch + token * q_token
     q_out += batch * q_out_batch + token * q_out_token
-    _turn_heads(
-        q,
-        q_out,
-        q_head,
-        q_out_head,
-        q_heads,
-        first_cos,
-        first_sin,
-        second_cos,
-        second_sin,
-        half,
-        rest,
-        BACKWARD,
-        HEADS,
-        HALF,
-        REST,
-    )
     k += batch * k_batch + token * k_token
     k_out += batch * k_out_batch + token * k_out_token
-    _turn_heads(
-        k,
-        k_out,
-        k_head,
-        k_out_head,
-        k_heads,
-        first_cos,
-        first_sin,
-        second_cos,
-        second_sin,
-        half,
-        rest,
-        BACKWARD,
-        HEADS,
-        HALF,
-        REST,
-    )
+    a, b = _pairs(q, q_head, 0, q_heads, half, Q_HEADS, HALF)
+    c, d = _pairs(k, k_head, 0, k_heads, half, K_HEADS, HALF)
+    turns = (first_cos, first_sin, second_cos, second_sin)
+    _put(q_out, q_out_head, 0, q_heads, half, a, b, *turns, BACKWARD, Q_HEADS, HALF)
+    _put(k_out, k_out_head, 0, k_heads, half, c, d, *turns, BACKWARD, K_HEADS, HALF)
+    for start in range(Q_HEADS, q_heads, Q_HEADS):
+        a, b = _pairs(q, q_head, start, q_heads, half, Q_HEADS, HALF)
+        _put(q_out, q_out_head, start, q_heads, half, a, b, *turns, BACKWARD, Q_HEADS, HALF)
+    for start in range(K_HEADS, k_heads, K_HEADS):
+        c, d = _pairs(k, k_head, start, k_heads, half, K_HEADS, HALF)
+        _put(k_out, k_out_head, start, k_heads, half, c, d, *turns, BACKWARD, K_HEADS, HALF)
+    if rest > 0:
+        _put_rest(q, q_out, q_head, q_out_head, q_heads, 2 * half, rest, Q_HEADS, REST)
+        _put_rest(k, k_out, k_head, k_out_head, k_heads, 2 * half, rest, K_HEADS, REST)

@@ -239,6 +239,24 @@ def test_qk_norm_rope_is_vectors_and_no_shared_memory(backward, capability):
     assert instructions(compiled, r"ld\.global\.v4\.b32") == instructions(compiled, r"ld\.global") > 0
 
 
+@pytest.mark.parametrize("heads", [32, 16])
+def test_rope_asks_for_all_before_it_stores(heads):
+    """q and k of one token, 8 heads of k, and its angles, in vectors; loops beyond these heads come behind."""
+    from slothrl_kernels.rope_kernels import rope_kernel
+
+    names = [name for name in rope_kernel.arg_names if not name.isupper()]
+    strides = [name for name in names if name.endswith(("_batch", "_head", "_token"))]
+    integers = [*strides, "length", "q_heads", "k_heads", "half", "rest"]
+    pointers = {n: "*bf16" for n in names if n not in integers}
+    constants = {"BACKWARD": False, "Q_HEADS": heads, "K_HEADS": 8, "HALF": 64, "REST": 1}
+    compiled = compile_kernel(rope_kernel, pointers, integers, constants, 90, num_warps=4)
+    accesses = re.findall(r"(ld|st)\.global\.(v\d|b16)", compiled.asm["ptx"])
+    first = next(i for i, (what, _) in enumerate(accesses) if what == "st")
+    # Two of each half of q for 16 heads, k's, and the angles for each of them.
+    assert first == heads // 8 + 2 + 8 and {vector for _, vector in accesses[:first]} == {"v4", "v2"}
+    assert compiled.metadata.shared == 0 and instructions(compiled, r"\.local") == 0
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_rms_norm_is_vectors(backward):
     """Rows of 4096, 16 entries a thread: 16-byte loads and stores, one 4-byte one for r."""

@@ -144,8 +144,7 @@ def test_a_budget_for_all_of_a_layer(llama):
 
 
 def test_fit_counts_all_of_a_layer(llama):
-    """As without checkpointing, but for x and the sum after attention, of which that counts three and this two; and
-    some layers lie between none and all."""
+    """As without checkpointing; and some layers lie between none and all."""
     settings = Settings(trainer="sft", packed=False, rows=2, prompt=0, completion=2048, fused=True, activations="all")
     batch, cpu = MicroBatch.padded(2, 2048, 4096, masked=False), replace(settings, cuda=False)
     assert keeping_layers(llama, batch, settings, 70 * GB) == keeping_layers(llama, batch, cpu, 0) == (32, 0)
@@ -157,7 +156,7 @@ def test_fit_counts_all_of_a_layer(llama):
     ]
     assert peaks[0] < peaks[1] < peaks[2]
     without = activation_peak(llama, batch, Route(fused=True, checkpointing=False))
-    assert peaks[2] == pytest.approx(without - 32 * 4096 * 2 * 4096, rel=0.02)
+    assert peaks[2] == pytest.approx(without, rel=0.02)
     assert peaks[1] - peaks[0] == 4096 * (9 * WHOLE.all_bytes + WHOLE.bytes)
 
 
