@@ -24,7 +24,7 @@ def graphed_bytes(shape: Shape, batch: MicroBatch, route: Route) -> int:
     frame = batch.tokens * route.width * per_token
     if not route.checkpointing:
         frame = kept_frame_bytes(shape, batch, route)
-    elif shape.norms != 4 and batch.tokens * h >= OPEN:
+    elif shape.norms != 4 and batch.tokens * h**2 >= OPEN:
         frame = open_frame_bytes(shape, batch, route)
     return frame + fused_mlp_bytes(shape, batch, route.width, route.quantized)
 
@@ -50,18 +50,18 @@ def kept_frame_bytes(shape: Shape, batch: MicroBatch, route: Route) -> int:
 def open_frame_bytes(shape: Shape, batch: MicroBatch, route: Route) -> int:
     """The same with checkpointing where the layer's input is so large that its steps' ends are open (`open_ends`):
 
-        e (3h + q + 2v + 5r)   the first norm, the stream after attention, the output's gradient, those of q k v
-        e max(h + m + 3r, 2h + q + 4r)   the second norm and what goes into down; the gradients after attention, of
+        e (3h + q + 2v + 8r)   the first norm, the stream after attention, the output's gradient, those of q k v
+        e max(h + m + 3r, 2h + q + r)   the second norm and what goes into down; the gradients after attention, of
                                attention's output and of the first norm, in the same memory
 
     a token, and where weights are quantised, unpacked beside their adapters, those of q, k, v and o or that of down,
 
-        e max((q + 2v) (h + 3r) + h (q + r), h (m + r))
+        e max((q + 2v + 3r) (h + 3r) + h (q + r), h (m + r))
     """
     h, m, q = shape.hidden, shape.mlp, shape.query
     given = q + 2 * shape.key_value
     one, two, three = (-(-count * shape.rank // 8) * 8 for count in (1, 2, 3))
-    per_token = 3 * h + given + three + 2 * one
-    per_token += max(h + two + m + one, 2 * h + q + one + three)
-    weights = max(given * (h + three) + h * (q + one), h * (m + one)) if route.quantized else 0
+    per_token = 3 * h + given + 2 * three + 2 * one
+    per_token += max(h + two + m + one, 2 * h + q + one)
+    weights = max((given + three) * (h + three) + h * (q + one), h * (m + one)) if route.quantized else 0
     return route.width * (batch.tokens * per_token + weights)

@@ -41,12 +41,21 @@ class Timing(NamedTuple):
         return f"{self.ms:.3f} ({'; '.join([*parts, f'{self.peak:.0f} MiB'])})"
 
 
-def timed(call: Callable[[], Any], right: Callable[[Any], bool] = lambda _: True) -> Timing:
-    """The times of a call whose results `right` accepts; a replay that does not write them is no measurement."""
+class Prepared(NamedTuple):
+    """A call before it is timed: `wall`, `peak`, `why` as of `Timing`; what replays it, where it was captured."""
+
+    wall: float
+    peak: float
+    replay: Callable[[], None] | None = None
+    why: str = ""
+
+
+def prepare(call: Callable[[], Any], right: Callable[[Any], bool] = lambda _: True) -> Prepared:
+    """A call whose results `right` accepts; a replay that does not write them is no measurement."""
     if not torch.cuda.is_available():
         start = time.perf_counter()
         call()
-        return Timing(None, (time.perf_counter() - start) * 1e3, 0.0)
+        return Prepared((time.perf_counter() - start) * 1e3, 0.0)
     from triton.testing import do_bench
 
     call()
@@ -58,14 +67,14 @@ def timed(call: Callable[[], Any], right: Callable[[Any], bool] = lambda _: True
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
     wall: Any = do_bench(call, warmup=20, rep=100, return_mode="median")
     try:
-        return Timing(replayed(call, right), wall, peak)
+        return Prepared(wall, peak, captured(call, right))
     except Exception as error:
         torch.cuda.synchronize()
-        return Timing(None, wall, peak, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
+        return Prepared(wall, peak, None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}")
 
 
-def replayed(call: Callable[[], Any], right: Callable[[Any], bool]) -> float:
-    """Median ms of a replay with a cold L2 cache.
+def captured(call: Callable[[], Any], right: Callable[[Any], bool]) -> Callable[[], None]:
+    """What replays the call.
 
     Raises:
         RuntimeError: a replay does not write the results: something ran on a stream that was not captured.
@@ -84,14 +93,29 @@ def replayed(call: Callable[[], Any], right: Callable[[Any], bool]) -> float:
     replay()
     if not right(results):
         raise RuntimeError("a replay does not give the call's results")
-    flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
-    times = []
-    for _ in range(REPLAYS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
-        begin.record()
+
+    def again(held: CudaGraphs = recorder) -> None:  # its pool is the recording's memory
         replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return median(times)
+
+    return again
+
+
+def timed(prepared: dict[str, Prepared]) -> dict[str, Timing]:
+    """Median ms of replays with a cold L2 cache, which take turns: under load a card becomes slower by some per cent,
+    and whoever came first would gain by it."""
+    replays = {name: p.replay for name, p in prepared.items() if p.replay is not None}
+    times: dict[str, list[float]] = {name: [] for name in replays}
+    flush = torch.empty(FLUSH if replays else 0, dtype=torch.uint8, device="cuda" if replays else "cpu")
+    for _ in range(REPLAYS):
+        for name, replay in replays.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            flush.zero_()
+            begin.record()
+            replay()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end))
+    return {
+        name: Timing(median(times[name]) if name in times else None, p.wall, p.peak, p.why)
+        for name, p in prepared.items()
+    }

@@ -4,10 +4,11 @@
     python -m slothrl bench layers --tokens 4096 --only 8b
 
 r=16 with float32 adapters under bf16 autocast. "bare" is one bf16 GEMM for all outputs and one for dx, as if the
-weights lay in memory side by side in bf16: the least that any implementation could take. "in a layer" is what whole
-layers run (`LoraGroup`): x and the gradients lie where its neighbours wrote them. Milliseconds are those of the GPU, by
-replays of a CUDA graph of forward and backward with a cold L2 cache, for every arm that can be captured; "wall" is
-between events around a plain call. Outputs and gradients must be PEFT's to bf16's precision, those of a replay too.
+weights lay in memory side by side in bf16: the least that any implementation could take. "in a layer" is what a whole
+layer's backward runs (`LoraGroup`): x and the gradients lie where its neighbours wrote them, and weights are unpacked
+once for the forward, which is computed again there, and the backward. Milliseconds are those of the GPU, by replays of
+a CUDA graph of forward and backward with a cold L2 cache, the arms in turns, for every arm that can be captured; "wall"
+is between events around a plain call. Outputs and gradients must be PEFT's to bf16's precision, those of a replay too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_timing import Timing, timed
+from gpu_timing import Prepared, prepare, timed
 from random_models import SHAPES, random_linear, randomize_adapter
 from torch import nn
 
@@ -122,23 +123,28 @@ def agrees(ours: list, theirs: list) -> bool:
 
 def in_a_layer(readers: list, x: torch.Tensor, gradients: list) -> Callable[[], list]:
     """Projections of one input as `decoder_layer` runs them, without autograd: [x | x A'^T], gradients side by side."""
-    from slothrl_kernels.decoder_layer import HOLD
     from slothrl_kernels.lora_flat import AdapterGradients, adapter_values
     from slothrl_kernels.lora_group import LoraGroup
 
-    plain, upstream = x.detach(), torch.cat(gradients, -1)
+    plain = x.detach()
     projections = [reader.read(plain).projection for reader in readers]
-    both = LoraGroup(projections, adapter_values([projections], plain)[0], plain, "auto").buffer(len(plain))
-    both[:, : plain.size(1)] = plain
+    made = LoraGroup(projections, adapter_values([projections], plain)[0], plain, "auto")
+    both, upstream, sizes = made.buffer(len(plain)), made.upstream(len(plain)), [g.size(-1) for g in gradients]
+    both[:, : made.inputs] = plain
+    upstream[:, : made.outputs] = torch.cat(gradients, -1)
+    whole = plain.new_empty(made.outputs + made.rank, made.inputs + made.rank)
 
     @torch.no_grad()
     def call() -> list:
         values = adapter_values([projections], plain)
         group, found = LoraGroup(projections, values[0], plain, "auto"), AdapterGradients([projections], plain)
-        y = group.forward(both, hold=plain.size(0) >= HOLD * plain.size(1))
-        to_x, to_xa = group.input_gradient(upstream)
-        group.parameter_gradients(both, to_xa, upstream, found.found[0])
-        return [*y.split([g.size(-1) for g in gradients], 1), to_x, *found.finish()]
+        y = group.held(group.unpacked(whole)).forward(both, hold=True)
+        if len(sizes) == 3:
+            to_x = group.backward(both, upstream, found.found[0])
+        else:  # gate and up, whose gradients lie where they did
+            to_x, to_xa = group.input_gradient(upstream[:, : group.outputs])
+            group.parameter_gradients(both, to_xa, upstream[:, : group.outputs], found.found[0])
+        return [*y.split(sizes, 1), to_x, *found.finish()]
 
     return call
 
@@ -158,8 +164,7 @@ def group_case(name: str, shape: str, tokens: int, device: str, missed: list[str
     parameters = [p for p in model.parameters() if p.requires_grad]
     plain = step_of(model, x, parameters, gradients)
     expected = plain()
-    peft = timed(plain, lambda results: agrees(results, expected))
-    base = timed(bare(model, x, gradients))
+    fixed = {"bare": prepare(bare(model, x, gradients)), "PEFT": prepare(plain, lambda found: agrees(found, expected))}
     report = fuse(model, inputs={"x": torch.randn(2, x.size(1), device=device).bfloat16().requires_grad_()})
     assert sum(report.fused.values()) == 1 and not report.kept, str(report)
     arms = {"slothrl": step_of(model, x, parameters, gradients)}
@@ -173,7 +178,7 @@ def group_case(name: str, shape: str, tokens: int, device: str, missed: list[str
         arms[layout] = step_of(call, x, parameters, gradients)
     if len(widths) > 1:
         arms["in a layer"] = in_a_layer(readers, x, gradients)
-    return row(f"{name}, {shape}", base, peft, arms, expected, missed)
+    return row(f"{name}, {shape}", fixed, arms, expected, missed)
 
 
 def mlp_case(shape: str, tokens: int, device: str, missed: list[str]) -> list[str]:
@@ -190,8 +195,7 @@ def mlp_case(shape: str, tokens: int, device: str, missed: list[str]) -> list[st
     parameters = [p for p in model.parameters() if p.requires_grad]
     plain = step_of(model, x, parameters, gradients)
     expected = plain()
-    peft = timed(plain, lambda results: agrees(results, expected))
-    base = timed(bare_mlp(*sizes["gate"], x))
+    fixed = {"bare": prepare(bare_mlp(*sizes["gate"], x)), "PEFT": prepare(plain, lambda y: agrees(y, expected))}
     report = fuse(model, inputs={"x": torch.randn(2, x.size(1), device=device).bfloat16().requires_grad_()})
     assert report.fused["gated MLP"] == 1, str(report)
     arms = {"slothrl": step_of(model, x, parameters, gradients)}
@@ -203,24 +207,24 @@ def mlp_case(shape: str, tokens: int, device: str, missed: list[str]) -> list[st
         return lora_mlp(x, [gate, up], down, recompute=True)
 
     arms["recompute"] = step_of(recomputed, x, parameters, gradients)
-    return row(f"MLP, {shape}", base, peft, arms, expected, missed)
+    return row(f"MLP, {shape}", fixed, arms, expected, missed)
 
 
 def row(
-    name: str, base: Timing, peft: Timing, arms: dict[str, Callable], expected: list, missed: list[str]
+    name: str, fixed: dict[str, Prepared], arms: dict[str, Callable], expected: list, missed: list[str]
 ) -> list[str]:
-    """A table's row; a wrong arm is marked, and `missed` gets what could not be captured."""
-    cells, found = [name, base.cell()], {"bare": base, "PEFT": peft}
-    for arm in HEADS[2:-1]:
-        if arm not in arms:
-            cells.append("-")
-        elif not agrees(arms[arm](), expected):
-            cells.append("WRONG")
-        else:
-            found[arm] = timed(arms[arm], lambda results: agrees(results, expected))
-            cells.append(found[arm].cell(base))
+    """A table's row; a wrong arm is marked, and `missed` gets what could not be captured.
+
+    fixed: "bare" and "PEFT", of before the model was fused.
+    """
+    right = lambda results: agrees(results, expected)  # noqa: E731
+    wrong = {arm for arm, call in arms.items() if not right(call())}
+    found = timed(fixed | {arm: prepare(call, right) for arm, call in arms.items() if arm not in wrong})
     missed += [f"{name}: {arm} was not captured, {t.why}" for arm, t in found.items() if t.why]
-    return [*cells, peft.cell(base)]
+    base, cells = found["bare"], [name, found["bare"].cell()]
+    for arm in HEADS[2:]:
+        cells.append(found[arm].cell(base) if arm in found else "WRONG" if arm in wrong else "-")
+    return cells
 
 
 def unsloth_row(shape: str, tokens: int) -> list[str]:
@@ -237,8 +241,9 @@ def unsloth_row(shape: str, tokens: int) -> list[str]:
     expected = step_of(model, x, parameters, gradients)()
     if not agrees(call(), expected):
         return [f"q, k, v, {shape}", "WRONG"]
-    found = timed(call, lambda results: agrees(results, expected))
-    return [f"q, k, v, {shape}", f"{found.cell()} {found.why}"]
+    arms = {"bare": prepare(bare(model, x[0], [g[0] for g in gradients]))}
+    found = timed(arms | {"Unsloth": prepare(call, lambda results: agrees(results, expected))})
+    return [f"q, k, v, {shape}", found["bare"].cell(), f"{found['Unsloth'].cell(found['bare'])} {found['Unsloth'].why}"]
 
 
 def main() -> int:
@@ -272,7 +277,7 @@ def main() -> int:
             print("| " + " | ".join(cells) + " |", flush=True)
     print("\n" + ("\n".join(missed) if missed else "every arm was captured"), flush=True)
     if importlib.util.find_spec("unsloth"):
-        print("\n| case | Unsloth ms |\n|---|---|", flush=True)
+        print("\n| case | bare | Unsloth |\n|---|---|---|", flush=True)
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--unsloth"])
     return 1 if wrong else 0
 

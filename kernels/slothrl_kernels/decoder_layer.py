@@ -23,8 +23,9 @@ from slothrl_kernels.layer_mlp import glu_gradients, product, tiled_backward, ti
 from slothrl_kernels.layer_parts import LayerParts, Norm
 from slothrl_kernels.layer_residual import Added, add_onto, gradient_of_made
 from slothrl_kernels.lora_flat import AdapterGradients, Adapters, adapter_values
-from slothrl_kernels.lora_group import LoraGroup, LoraOnto
+from slothrl_kernels.lora_group import LoraGroup
 from slothrl_kernels.lora_math import Projection
+from slothrl_kernels.lora_onto import LoraOnto
 from slothrl_kernels.rms_norm_math import rms_norm_backward, rms_norm_forward
 
 HOLD = 4  # how many times a layer's width its tokens must be
@@ -131,11 +132,11 @@ def _backward(x: Tensor, to_y: Tensor, parts: LayerParts, kept: _Kept) -> tuple[
     to_rows = onto.input_gradient(to_o)
     onto.parameter_gradients(rows, shrunk, to_o, gradients.found[1])
     del rows, shrunk, of_o, to_o
-    to_qkv = attend_backward(to_rows, attended, shape, parts)
+    upstream = normed.group.upstream(x.size(0))
+    attend_backward(to_rows, attended, shape, parts, upstream[:, : normed.group.outputs])
     del to_rows, attended
-    to_n, to_xa = normed.group.input_gradient(to_qkv)
-    normed.group.parameter_gradients(normed.both, to_xa, to_qkv, gradients.found[0])
-    del to_qkv
+    to_n = normed.group.backward(normed.both, upstream, gradients.found[0])
+    del upstream
     to_x = _norm_backward(to_n, to_u[:, : x.size(1)], x, normed.r, parts.first, parts)
     return to_x, gradients.finish()
 

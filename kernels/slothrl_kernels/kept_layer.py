@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slothrl_kernels.decoder_layer import _backward, _Kept, _norm_backward, _versions
-from slothrl_kernels.kept_steps import ends_apart, norm_into, starts_apart
+from slothrl_kernels.kept_steps import ends_apart, gradients_in, norm_into, starts_apart
 from slothrl_kernels.layer_attention import Attended, attend_backward, attention, attention_backward
 from slothrl_kernels.layer_frame import gives_apart
 from slothrl_kernels.layer_own import Own
@@ -95,7 +95,7 @@ def _replayed(
     if of_a is not None:
         to_xa = frame.right("to_u" if parts.after is None else "to_o", tokens, shape[-1])
         gradient_of_a([parts.o], of_a, to_xa, attended.rows)
-    to_out, to_qkv = frame.rows("to_rows", tokens), frame.rows("to_qkv", tokens)
+    to_out, to_qkv = frame.rows("to_rows", tokens), gradients_in(frame, tokens, parts)
     if apart:
         attend_backward(to_out, attended, shape, parts, to_qkv)
     else:
@@ -121,7 +121,7 @@ def _input_gradient(recorded: Recorded, x: Tensor, parts: LayerParts) -> Tensor:
     frame, tokens = recorded.frame, x.size(0)
     if not ends_apart(recorded.rows):
         return frame.rows("state", tokens).clone()
-    to_n, to_u = (frame.left(name, *x.shape) for name in ("to_n", "to_u"))
+    to_n, to_u = frame.rows("to_n", tokens), frame.left("to_u", *x.shape)
     return _norm_backward(to_n, to_u, x, own_of(recorded).scales[0][:tokens], parts.first, parts)
 
 

@@ -25,7 +25,8 @@ from slothrl_kernels.layer_parts import LayerParts, Norm
 from slothrl_kernels.layer_residual import add_onto, gradient_of_made
 from slothrl_kernels.layer_steps import not_here
 from slothrl_kernels.lora_flat import AdapterGradients, adapter_values, adapters_in
-from slothrl_kernels.lora_group import LoraGroup, LoraOnto
+from slothrl_kernels.lora_group import LoraGroup
+from slothrl_kernels.lora_onto import LoraOnto
 from slothrl_kernels.qk_norm_rope import qk_norm_rope_forward
 from slothrl_kernels.rms_norm_math import rms_norm_forward
 from slothrl_kernels.rope import rope_turn
@@ -106,12 +107,14 @@ class KeptSteps:
         onto.times_weight(to_o, self.frame.rows("to_rows", count))
 
     def last(self) -> None:
-        parts, to_qkv = self.parts, self.frame.rows("to_qkv", self.count)
-        if not self.apart:
-            raw = None if parts.norms is None else self.own.rows("qkv", self.count)
-            turn_back(to_qkv, raw, self.shape, parts)
-        out = self.frame.rows("to_n", self.count) if self.apart else None
-        to_n = self._group_backward(0, to_qkv, "normed", out)
+        parts, count, out = self.parts, self.count, None
+        if self.apart:
+            out = self.frame.rows("to_n", count)
+        else:
+            raw = None if parts.norms is None else self.own.rows("qkv", count)
+            turn_back(gradients_in(self.frame, count, parts), raw, self.shape, parts)
+        both, upstream = self.own.rows("normed", count), self.frame.rows("to_qkv", count)
+        to_n = self._group(0).backward(both, upstream, self.gradients[0], out)
         if not self.apart:
             to_u, r = self.frame.rows("to_u", self.count)[:, : self.hidden], self.own.scales[0][: self.count]
             _norm_backward(to_n, to_u, self.x, r, parts.first, parts, self.frame.rows("state", self.count))
@@ -127,15 +130,10 @@ class KeptSteps:
         h, to_inner = glu_gradients(own.rows("inner", count), down.input_gradient(upstream), parts)
         down.parameter_gradients(h, own.rows("shrunk_mlp", count), upstream, self.gradients[3])
         del h
-        to_n = self._group_backward(2, to_inner, "normed_mlp")
+        group = self._group(2)
+        to_n, to_xa = group.input_gradient(to_inner)
+        group.parameter_gradients(own.rows("normed_mlp", count), to_xa, to_inner, self.gradients[2])
         _norm_backward(to_n, to_y, u, own.scales[1][:count], parts.second, parts, out)
-
-    def _group_backward(self, place: int, to_y: Tensor, name: str, out: Tensor | None = None) -> Tensor:
-        """dx (M, K) of a group's projections, in `out` or new memory; the adapters' gradients go into theirs."""
-        group = self._group(place)
-        to_x, to_xa = group.input_gradient(to_y, out)
-        group.parameter_gradients(self.own.rows(name, self.count), to_xa, to_y, self.gradients[place])
-        return to_x
 
     def _group(self, place: int) -> LoraGroup:
         return LoraGroup(self.parts.groups[place], self.values[place], self.x, self.parts.impl)
@@ -152,6 +150,11 @@ def ends_apart(rows: int) -> bool:
 def starts_apart(parts: LayerParts, rows: int) -> bool:
     """Whether `before` finds the norm made, and x in the place of u, to which `after` adds: not where o is normed."""
     return ends_apart(rows) and parts.after is None
+
+
+def gradients_in(frame: Frame, tokens: int, parts: LayerParts) -> Tensor:
+    """Where attention's backward writes those of q, k and v beside each other: the left of "to_qkv"."""
+    return frame.left("to_qkv", tokens, sum(p.weight.shape[0] for p in parts.qkv))
 
 
 def norm_into(own: Own, name: str, x: Tensor, norm: Norm, impl: Impl) -> None:

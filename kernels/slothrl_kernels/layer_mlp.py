@@ -21,7 +21,8 @@ from torch import Tensor
 from slothrl_kernels.glu import glu_backward, glu_forward
 from slothrl_kernels.layer_parts import LayerParts
 from slothrl_kernels.lora_flat import Adapters, gradient_of_a
-from slothrl_kernels.lora_group import LoraGroup, LoraOnto
+from slothrl_kernels.lora_group import LoraGroup
+from slothrl_kernels.lora_onto import LoraOnto
 from slothrl_kernels.nf4_group import Part, unpack_group
 from slothrl_kernels.nf4_weight import Nf4Weight
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from slothrl_kernels.layer_parts import Norm
-from slothrl_kernels.lora_group import LoraOnto
+from slothrl_kernels.lora_onto import LoraOnto
 from slothrl_kernels.rms_norm_math import rms_norm_backward, rms_norm_forward
 from slothrl_kernels.switch import Impl
 

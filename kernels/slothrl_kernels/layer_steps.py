@@ -22,7 +22,7 @@ from slothrl_kernels.layer_mlp import product
 from slothrl_kernels.layer_parts import LayerParts
 from slothrl_kernels.layer_residual import add_onto
 from slothrl_kernels.lora_flat import AdapterGradients, adapter_values
-from slothrl_kernels.lora_group import LoraOnto
+from slothrl_kernels.lora_onto import LoraOnto
 
 
 class LayerSteps:
@@ -82,8 +82,10 @@ class LayerSteps:
         gradients = AdapterGradients(parts.groups[:1], x)
         normed = _normed(x, parts.first, parts.qkv, adapter_values([parts.qkv], x)[0], parts)
         normed.group.shrink_into(normed.both)
-        to_n, to_xa = normed.group.input_gradient(to_qkv)
-        normed.group.parameter_gradients(normed.both, to_xa, to_qkv, gradients.found[0])
+        upstream = normed.group.upstream(self.count)
+        upstream[:, : normed.group.outputs] = to_qkv
+        to_n = normed.group.backward(normed.both, upstream, gradients.found[0])
+        del upstream
         _norm_backward(to_n, self.rows("to_u"), x, normed.r, parts.first, parts, self.rows("state"))
         self.frame.found[: self.frame.first].copy_(gradients.flat)
 

@@ -1,8 +1,8 @@
 """The adapters of several groups of projections side by side in one piece of memory: their values, their gradients.
 
 One by one, casting and scaling fourteen adapters of a layer and as many gradients is most of what the host launches for
-it. Here it is two launches for the values, A' = s A of a group below each other (R, K) and every B_i (N_i, r_i) in the
-dtype of the computation, and one for the gradients, which GEMMs write where they belong.
+it. Here it is one launch for the values (`adapter_cast`), A' = s A of a group below each other (R, K) and every B_i
+(N_i, r_i) in the dtype of the computation, and one for the gradients, which GEMMs write where they belong.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slothrl_kernels.adapter_cast import cast_into
 from slothrl_kernels.lora_math import Projection
 
 Groups = Sequence[Sequence[Projection]]
@@ -36,24 +37,20 @@ def adapter_values(groups: Groups, like: Tensor, flat: Tensor | None = None) -> 
         flat: (`count_of(groups)`,) of that dtype and device: where they go, instead of new memory.
     """
     places = _places_of(groups)
-    found = _views(places, like.new_empty(places.count) if flat is None else flat)
-    targets, sources, scaled, scales = [], [], [], []
+    flat = like.new_empty(places.count) if flat is None else flat
+    found, first = _views(places, flat), flat.storage_offset()
+    sources, begins, factors = [], [], []
     for group, adapters, place in zip(groups, found, places.groups, strict=True):
         if adapters.a is None:
             continue
         if place.spans[-1].stop < adapters.a.size(0):
             adapters.a[place.spans[-1].stop :].zero_()
         for p, span, b in zip(group, place.spans, adapters.b, strict=True):
-            if p.a is not None and p.b is not None:
-                part = adapters.a[span]
-                targets += [part, b]
+            if p.a is not None and p.b is not None and b is not None:
                 sources += [p.a.detach(), p.b.detach()]
-                scaled.append(part)
-                scales.append(float(p.scaling))
-    if targets:
-        torch._foreach_copy_(targets, sources)
-    if any(scale != 1.0 for scale in scales):
-        torch._foreach_mul_(scaled, scales)
+                begins += [part.storage_offset() - first for part in (adapters.a[span], b)]
+                factors += [float(p.scaling), 1.0]
+    cast_into(flat, sources, begins, factors)
     return found
 
 

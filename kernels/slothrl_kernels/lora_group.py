@@ -3,9 +3,9 @@
 M tokens, K inputs, N the sum of the outputs N_i, R the sum of the ranks rounded up to 8. `lora_math`'s layouts, with
 nothing copied to put things side by side: whatever writes x or dy writes it into the left columns of a wider buffer.
 
-    Several on one input    [x | x A'^T] [W_i | B_i]^T = every y_i beside each other, one GEMM; all dy_i beside each
-                            other times the same matrix is [dx, lacking a part (R, K) | every dy_i B_i]
-    One onto a residual     residual + [x | x A'^T] [W | B]^T; [dy | dy B] [W ; A'] is dx
+    Several on one input    [x | x A'^T] [W_i | B_i]^T = every y_i beside each other, one GEMM; dx is either
+                            [every dy_i | every dy_i B_i] [W_i ; A'], where whoever makes dy leaves room for that, or
+                            [dx, lacking a part (R, K) | every dy_i B_i] comes from the first matrix
 
 A packed W_i is unpacked next to its neighbours in one buffer; dense weights are multiplied where they are.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 from slothrl_kernels.base_weight import dense
 from slothrl_kernels.lora_flat import Adapters, gradient_of_a, spans_of
 from slothrl_kernels.lora_math import Projection
+from slothrl_kernels.lora_pass import lora_pass
 from slothrl_kernels.nf4_group import Part, unpack_group
 from slothrl_kernels.switch import Impl
 
@@ -57,7 +58,7 @@ class LoraGroup:
         """Every y_i beside the others (M, N), of both (M, K + R), whose right columns are written here.
 
         Args:
-            hold: keep the unpacked weights for `input_gradient`.
+            hold: keep the unpacked weights for the backward.
             out: where they go, instead of new memory.
         """
         self.shrink_into(both)
@@ -65,22 +66,25 @@ class LoraGroup:
         if not self._packed:
             return self._forward_dense(both, y)
         whole = self._unpacked() if self._whole is None else self._whole
+        weights = whole[: self.outputs]
         if (bias := self.bias()) is None:
-            torch.mm(both, whole.T, out=y)
+            torch.mm(both, weights.T, out=y)
         else:
-            torch.addmm(bias, both, whole.T, out=y)
+            torch.addmm(bias, both, weights.T, out=y)
         self._whole = whole if hold else None
         return y
 
     def held(self, whole: Tensor | None) -> LoraGroup:
-        """Itself, with what `unpacked` gave, if anything, for one `forward` or `input_gradient`."""
+        """Itself, with what `unpacked` gave, if anything, for one `forward`, `backward` or `input_gradient`."""
         self._whole = whole
         return self
 
     def unpacked(self, out: Tensor) -> Tensor:
-        """[W_i | B_i at its own columns of R] (N, K + R) of packed W_i, in `out`."""
+        """[W_i | B_i at its own columns of R] of packed W_i, in `out` (N + R, K + R) above R rows for A'."""
         pieces = zip(self.projections, self.b, self.spans, strict=True)
-        return unpack_group([Part(p.weight, b, span.start) for p, b, span in pieces], out, impl=self.impl)
+        parts = [Part(p.weight, b, span.start) for p, b, span in pieces]
+        unpack_group(parts, out[: self.outputs], impl=self.impl)
+        return out
 
     def shrink_into(self, both: Tensor) -> None:
         """x A'^T into the right columns of both (M, K + R)."""
@@ -98,7 +102,7 @@ class LoraGroup:
             return to_x if out is None else out[:, : self.inputs].copy_(to_x), to_xa
         whole, self._whole = self._whole, None
         wide = to_y.new_empty(to_y.size(0), self.inputs + self.rank) if out is None else out
-        torch.mm(to_y, self._unpacked() if whole is None else whole, out=wide)
+        torch.mm(to_y, (self._unpacked() if whole is None else whole)[: self.outputs], out=wide)
         if self.a is None:
             return wide, None
         to_xa = wide[:, self.inputs :]
@@ -113,6 +117,51 @@ class LoraGroup:
             if b is not None:
                 xa = both[:, self.inputs + span.start : self.inputs + span.stop]
                 torch.mm(to_y[:, rows].T, xa, out=b)
+
+    def upstream(self, tokens: int) -> Tensor:
+        """Memory for [every dy_i | every dy_i B_i] (M, N + R)."""
+        return self.like.new_empty(tokens, self.outputs + self.rank)
+
+    def backward(self, both: Tensor, upstream: Tensor, gradients: Adapters, out: Tensor | None = None) -> Tensor:
+        """dx (M, K), and dA and dB into `gradients`, of upstream (M, N + R), whose right columns are written here.
+
+        Args:
+            both: as `forward` left it.
+            out: where dx goes, instead of new memory.
+        """
+        to_y, to_xa = upstream[:, : self.outputs], upstream[:, self.outputs :]
+        if self.rank:
+            self._adapter_gradients(both, to_y, to_xa, gradients)
+        if self._packed:
+            to_x = upstream.new_empty(len(upstream), self.inputs) if out is None else out
+            return torch.mm(upstream, self._below(), out=to_x)
+        to_x = None
+        for p, rows in zip(self.projections, self.rows, strict=True):
+            weight = dense(p.weight, to_y.dtype)
+            to_x = torch.mm(to_y[:, rows], weight, out=out) if to_x is None else to_x.addmm_(to_y[:, rows], weight)
+        assert to_x is not None
+        return to_x if self.a is None else to_x.addmm_(to_xa, self.a)
+
+    def _adapter_gradients(self, both: Tensor, to_y: Tensor, to_xa: Tensor, out: Adapters) -> None:
+        """dA and dB into `out`, every dy_i B_i into to_xa (M, R)."""
+        used = self.spans[-1].stop
+        if used < self.rank:
+            to_xa[:, used:].zero_()
+        xa, inputs = both[:, self.inputs :], both[:, : self.inputs]
+        lora_pass(to_y, xa, [n.stop - n.start for n in self.rows], self.b, to_xa, out.b, self.impl)
+        assert out.a is not None
+        gradient_of_a(self.projections, out.a, to_xa, inputs)
+
+    def _below(self) -> Tensor:
+        """[W_i ; A'] (N + R, K)."""
+        whole, self._whole = self._whole, None
+        if whole is None:
+            whole = self.like.new_empty(self.outputs + self.rank, self.inputs)
+            unpack_group([Part(p.weight) for p in self.projections], whole[: self.outputs], impl=self.impl)
+        below = whole[:, : self.inputs]
+        if self.a is not None:
+            below[self.outputs :] = self.a
+        return below
 
     @property
     def _packed(self) -> bool:
@@ -129,7 +178,7 @@ class LoraGroup:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _unpacked(self) -> Tensor:
-        return self.unpacked(self.like.new_empty(self.outputs, self.inputs + self.rank))
+        return self.unpacked(self.like.new_empty(self.outputs + self.rank, self.inputs + self.rank))
 
     def _forward_dense(self, both: Tensor, y: Tensor) -> Tensor:
         x = both[:, : self.inputs]
@@ -153,102 +202,6 @@ class LoraGroup:
                 torch.mm(to_y[:, rows], b, out=to_xa[:, span])
         assert to_x is not None
         return to_x if to_xa is None or self.a is None else to_x.addmm_(to_xa, self.a), to_xa
-
-
-class LoraOnto:
-    """One projection, K -> N, whose result is added to a residual, or is to be. Arguments as of `LoraGroup`."""
-
-    def __init__(self, projection: Projection, adapters: Adapters, like: Tensor, impl: Impl) -> None:
-        self.projection, self.like = projection, like
-        self.impl: Impl = impl
-        self.outputs, self.inputs = projection.weight.shape
-        self.a, self.b = adapters.a, adapters.b[0]
-        self.rank = 0 if self.a is None else self.a.size(0)
-        self._whole: Tensor | None = None
-
-    def held(self, whole: Tensor | None) -> LoraOnto:
-        """Itself, with what `joined` gave, if anything, for `forward`."""
-        self._whole = whole
-        return self
-
-    def input_buffer(self, tokens: int) -> Tensor:
-        """Memory for [x | x A'^T] (M, K + R)."""
-        return self.like.new_empty(tokens, self.inputs + self.rank)
-
-    def forward(self, both: Tensor, residual: Tensor | None, out: Tensor | None = None) -> Tensor:
-        """residual + y, or y alone (M, N), into `out`, which may be the residual, or a new tensor; of both (M, K + R),
-        whose right columns are written here.
-
-        One GEMM, and one rounding in the residual's size: a second would show in the stream of all layers.
-        """
-        p, inputs = self.projection, self.inputs
-        x, xa = both[:, :inputs], both[:, inputs:]
-        self.shrink_into(both)
-        if isinstance(p.weight, Tensor):
-            y = x @ dense(p.weight, both.dtype).T
-            if self.b is not None:
-                y.addmm_(xa[:, : p.rank], self.b.T)
-            y = y if p.bias is None else y.add_(p.bias.detach())
-            if residual is not None:
-                return torch.add(y, residual, out=y if out is None else out)
-            return y if out is None else out.copy_(y)
-        whole = self.joined() if self._whole is None else self._whole
-        y = both.new_empty(both.size(0), self.outputs) if out is None else out
-        torch.mm(both, whole.T, out=y) if residual is None else torch.addmm(residual, both, whole.T, out=y)
-        return y if p.bias is None else y.add_(p.bias.detach())
-
-    def shrink_into(self, both: Tensor) -> None:
-        """x A'^T into the right columns of both (M, K + R)."""
-        if self.a is not None:
-            torch.mm(both[:, : self.inputs], self.a.T, out=both[:, self.inputs :])
-
-    def joined(self, out: Tensor | None = None) -> Tensor:
-        """[W | B] (N, K + R) of a packed W, in `out` or new memory."""
-        whole = self.like.new_empty(self.outputs, self.inputs + self.rank) if out is None else out
-        return unpack_group([Part(self.projection.weight, self.b)], whole, impl=self.impl)
-
-    def shrink(self, x: Tensor) -> Tensor | None:
-        """x A'^T (M, R)."""
-        return None if self.a is None else x @ self.a.T
-
-    def buffer(self, tokens: int) -> Tensor:
-        """Memory for [dy | dy B] (M, N + R)."""
-        return self.like.new_empty(tokens, self.outputs + self.rank)
-
-    def input_gradient(self, both: Tensor, out: Tensor | None = None) -> Tensor:
-        """dx (M, K), into `out` or a new tensor, of both (M, N + R), whose right columns are written here."""
-        self.expand_into(both)
-        return self.times_weight(both, both.new_empty(both.size(0), self.inputs) if out is None else out)
-
-    def times_weight(self, both: Tensor, out: Tensor) -> Tensor:
-        """[dy | dy B] [W ; A'] (M, K) into `out`."""
-        if not isinstance(self.projection.weight, Tensor):
-            return torch.mm(both, self.unpacked(slice(0, self.inputs)), out=out)
-        torch.mm(both[:, : self.outputs], dense(self.projection.weight, both.dtype), out=out)
-        return out if self.a is None else out.addmm_(both[:, self.outputs :], self.a)
-
-    def expand_into(self, both: Tensor) -> None:
-        """dy B into the right columns of both (M, N + R)."""
-        p, outputs = self.projection, self.outputs
-        if self.b is not None:
-            if p.rank < self.rank:
-                both[:, outputs + p.rank :].zero_()
-            torch.mm(both[:, :outputs], self.b, out=both[:, outputs : outputs + p.rank])
-
-    def unpacked(self, columns: slice) -> Tensor:
-        """[W ; A'] of these of the K columns (N + R, width), for a packed W."""
-        whole = self.like.new_empty(self.outputs + self.rank, columns.stop - columns.start)
-        unpack_group([Part(self.projection.weight)], whole[: self.outputs], columns, self.impl)
-        if self.a is not None:
-            whole[self.outputs :] = self.a[:, columns]
-        return whole
-
-    def parameter_gradients(self, x: Tensor, xa: Tensor | None, both: Tensor, out: Adapters) -> None:
-        """dA and dB into `out`; `both` as `input_gradient` left it."""
-        if out.a is None or out.b[0] is None or xa is None:
-            return
-        gradient_of_a([self.projection], out.a, both[:, self.outputs :], x)
-        torch.mm(both[:, : self.outputs].T, xa[:, : self.projection.rank], out=out.b[0])
 
 
 def _slices(sizes) -> list[slice]:

@@ -14,7 +14,7 @@ from slothrl_kernels.layer_attention import Attended, Parked, attend, attend_bac
 from slothrl_kernels.layer_frame import Frame, adapter_dtypes
 from slothrl_kernels.layer_parts import Keep, LayerParts
 from slothrl_kernels.lora_flat import Adapters, adapters_in, gradient_of_a, views_of_gradients
-from slothrl_kernels.lora_group import LoraOnto
+from slothrl_kernels.lora_onto import LoraOnto
 from slothrl_kernels.recorded_layer import Recorded
 
 
@@ -66,13 +66,14 @@ def open_backward(
     if of_a is not None:
         gradient_of_a([parts.o], of_a, frame.right("to_u", tokens, x.size(1)), rows)
     del rows
-    attend_backward(frame.rows("to_rows", tokens), attended, shape, parts, frame.rows("to_qkv", tokens))
+    to_qkv = frame.left("to_qkv", tokens, normed.group.outputs)
+    attend_backward(frame.rows("to_rows", tokens), attended, shape, parts, to_qkv)
     frame.end("to_qkv", tokens)
     del attended
     recorded.last()
     (dtype,) = adapter_dtypes(parts)
     found = frame.found.to(dtype, copy=True)  # one copy of all: what autograd keeps is nobody else's
-    to_n, to_u = (frame.left(name, *x.shape) for name in ("to_n", "to_u"))
+    to_n, to_u = frame.rows("to_n", tokens), frame.left("to_u", *x.shape)
     return _norm_backward(to_n, to_u, x, normed.r, parts.first, parts), views_of_gradients(parts.groups, found)
 
 

@@ -18,7 +18,8 @@ from slothrl_kernels.layer_mlp import product
 from slothrl_kernels.layer_parts import LayerParts
 from slothrl_kernels.layer_steps import not_here
 from slothrl_kernels.lora_flat import AdapterGradients, adapter_values, adapters_in
-from slothrl_kernels.lora_group import LoraGroup, LoraOnto
+from slothrl_kernels.lora_group import LoraGroup
+from slothrl_kernels.lora_onto import LoraOnto
 
 
 class OpenSteps:
@@ -68,11 +69,10 @@ class OpenSteps:
         onto.times_weight(to_u, self.rows("to_rows"))
 
     def last(self) -> None:
-        both, to_qkv = self.rows("normed"), self.rows("to_qkv")
+        both = self.rows("normed")
         group = self._group(0).held(self.frame.weights.get("qkv"))  # from `before`: a backward has no "down" there
         group.shrink_into(both)
-        _, to_xa = group.input_gradient(to_qkv, self.rows("to_n"))
-        group.parameter_gradients(both, to_xa, to_qkv, self.gradients[0])
+        group.backward(both, self.rows("to_qkv"), self.gradients[0], self.rows("to_n"))
 
     def _group(self, place: int) -> LoraGroup:
         return LoraGroup(self.parts.groups[place], self.values[place], self.u, self.parts.impl)

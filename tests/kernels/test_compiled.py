@@ -107,6 +107,32 @@ def test_a_group_is_unpacked_as_one_is(right, capability):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
+def test_a_pass_over_gradients(capability, tmp_path):
+    """On tensor cores, nothing spilled; the small tile within a consumer card's shared memory, the large one not."""
+    from slothrl_kernels.lora_pass import LARGE, SMALL
+    from slothrl_kernels.lora_pass_kernels import strips_kernel
+
+    pointers = {**dict.fromkeys(("to_y", "xa", "b"), "*bf16"), **dict.fromkeys(("through_b", "to_b"), "*fp32")}
+    integers = ["tokens", "outputs", "rank", "to_y_stride", "xa_stride", "first_end", "second_end", "turns"]
+    for tile in (SMALL, LARGE) if capability == 90 else (SMALL,):
+        constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "RANK": 16}
+        compiled = compile_kernel(strips_kernel, pointers, integers, constants, capability, num_warps=tile.warps)
+        assert (compiled.metadata.shared <= CONSUMER_SHARED_MEMORY) == (tile == SMALL)
+        assert instructions(compiled, r"wgmma\.mma_async" if capability == 90 else r"mma\.sync") > 0
+        assert "0 bytes spill stores" in ptxas(compiled, capability, tmp_path)
+
+
+@pytest.mark.parametrize("cast", ["bf16", "fp16"])
+def test_adapters_are_cast_by_vectors(cast):
+    from slothrl_kernels.adapter_cast import SIZE, _cast_kernel
+
+    pointers = {"table": "*i64", "factors": "*fp32", "like": "*fp32", "out": f"*{cast}"}
+    compiled = compile_kernel(_cast_kernel, pointers, [], {"SIZE": SIZE}, 90, num_warps=4)
+    assert instructions(compiled, r"ld\.global\.v4\.b32") == 4 and instructions(compiled, r"st\.global\.v4\.b32") == 2
+    assert instructions(compiled, r"st\.global") == 2
+
+
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("rows", [16, 64, 128])
 def test_default_gemms_fit_a_consumer_card(rows, capability):
     """Shared memory within 99 KiB with everything on; codes by byte permutes; W only ever in registers."""

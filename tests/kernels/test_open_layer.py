@@ -142,7 +142,7 @@ def test_which_frames_are_open(monkeypatch):
     results(played := Played(32), weights, tensors)
     parts, frame, x = played.parts, played.recorded.frame, tensors[0]
     assert record_layer(parts, frame, 16, Rerun()).frame is frame
-    monkeypatch.setattr(layer_frame, "OPEN", 32 * 64)
+    monkeypatch.setattr(layer_frame, "OPEN", 32 * 64 * 64)
     assert [Frame(rows, parts, x).open for rows in (31, 32)] == [False, True]
     assert Frame(48, parts, x).key == Frame(32, parts, x).key == frame.key != Frame(16, parts, x).key
     assert not Frame(32, parts._replace(keep="all"), x).open
@@ -154,13 +154,13 @@ def test_what_is_held():
     """What a forward and a backward alone need lies in the same memory."""
     tensors, weights = case("nf4")
     results(played := Played(32), weights, leaves_of(tensors), heads_normed=True)
-    widths = (64 + 8) + 64 + 8 + (64 + 8) + 128  # normed, u, shrunk, to_y, to_qkv
-    widths += max((64 + 16) + (128 + 8), (64 + 8) + 64 + (64 + 8))  # normed_mlp product; to_u to_rows to_n
+    widths = (64 + 8) + 64 + 8 + (64 + 8) + (128 + 8)  # normed, u, shrunk, to_y, to_qkv
+    widths += max((64 + 16) + (128 + 8), (64 + 8) + 64 + 64)  # normed_mlp product; to_u to_rows to_n
     frame = played.recorded.frame
-    weights = max(128 * (64 + 8) + 64 * (64 + 8), 64 * (128 + 8))  # of q, k, v and o; of down
+    weights = max((128 + 8) * (64 + 8) + 64 * (64 + 8), 64 * (128 + 8))  # of q, k, v and o; of down
     assert frame.nbytes == 4 * (32 * widths + frame.found.numel() + frame.values.numel() + weights)
     assert {name: tuple(x.shape) for name, x in frame.weights.items()} == {
-        "qkv": (128, 72), "o": (64, 72), "down": (64, 136),
+        "qkv": (136, 72), "o": (64, 72), "down": (64, 136),
     }  # fmt: skip
     shared = frame.rows("shared", 32).data_ptr()
     assert frame.rows("normed_mlp", 32).data_ptr() == frame.rows("to_u", 32).data_ptr() == shared
