@@ -27,6 +27,7 @@ from slothrl_kernels.lora_group import LoraGroup
 from slothrl_kernels.lora_math import Projection
 from slothrl_kernels.lora_onto import LoraOnto
 from slothrl_kernels.rms_norm_math import rms_norm_backward, rms_norm_forward
+from slothrl_kernels.row_copy import copy_rows
 
 HOLD = 4  # how many times a layer's width its tokens must be
 
@@ -161,7 +162,7 @@ def _mlp_backward(
         inner, of_down = _down_again(normed, down, parts)
     upstream = down.buffer(u.size(0))
     if parts.after is None or of_down is None:
-        upstream[:, : u.size(1)] = to_y
+        copy_rows(upstream[:, : u.size(1)], to_y)
     else:
         gradient_of_made(to_y, of_down, parts.after[1], upstream[:, : u.size(1)], parts.impl)
     del of_down, kept
@@ -235,7 +236,7 @@ def _onto_residual(
     """residual + what o makes of rows (M, K), in `out` or new memory, and their x A'^T (M, R), a view into all of the
     GEMM's input."""
     both = onto.input_buffer(rows.size(0))
-    both[:, : onto.inputs] = rows
+    copy_rows(both[:, : onto.inputs], rows)
     return add_onto(onto, both, residual, parts.after_o(), parts.impl, out), both[:, onto.inputs :]
 
 

@@ -15,6 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 from slothrl_kernels.layer_parts import Keeper, LayerParts
 from slothrl_kernels.qk_norm_rope import qk_norm_rope_backward, qk_norm_rope_forward
 from slothrl_kernels.rope import rope_turn
+from slothrl_kernels.row_copy import copy_rows
 
 
 @dataclass
@@ -142,8 +143,8 @@ def attend_backward(
     elif tables is not None:
         rope_turn(to_q, to_k, *tables, backward=True, impl=parts.impl, out=(q, k))
     else:
-        q.copy_(to_q), k.copy_(to_k)  # pyright: ignore
-    v.copy_(to_v)
+        copy_rows(q, to_q), copy_rows(k, to_k)  # pyright: ignore
+    copy_rows(v, to_v)
     return beside
 
 
@@ -156,7 +157,7 @@ def attention_backward(to_out: Tensor, attended: Attended | Parked, out: Tensor)
     begin = 0
     for x in found:  # in the order of heads: one pass, not one to rows and one to the side of the others
         columns = x.size(2) * x.size(3)
-        out[:, begin : begin + columns].view(x.shape).copy_(x)
+        copy_rows(out[:, begin : begin + columns].view(x.shape), x)
         begin += columns
 
 

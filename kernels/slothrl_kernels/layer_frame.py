@@ -17,6 +17,7 @@ from torch import Tensor
 from slothrl_kernels.layer_parts import LayerParts
 from slothrl_kernels.lora_flat import AdapterGradients, count_of, rank_of
 from slothrl_kernels.lora_math import Projection
+from slothrl_kernels.row_copy import copy_rows
 
 VIEWS = 512  # kept at most
 # Rows x width^2 from which on the GPU's work hides what open ends leave to the host: 4,096 tokens of an 8B model, where
@@ -121,7 +122,7 @@ class Buffers:
 
     def fill(self, name: str, source: Tensor) -> None:
         """source (M, width or fewer) into the left of the first rows; zeros below them."""
-        self.left(name, *source.shape).copy_(source)
+        copy_rows(self.left(name, *source.shape), source)
         self.end(name, source.size(0))
 
     def end(self, name: str, count: int) -> None:

@@ -23,6 +23,7 @@ from slothrl_kernels.layer_parts import LayerParts
 from slothrl_kernels.layer_residual import add_onto
 from slothrl_kernels.lora_flat import AdapterGradients, adapter_values
 from slothrl_kernels.lora_onto import LoraOnto
+from slothrl_kernels.row_copy import copy_rows
 
 
 class LayerSteps:
@@ -83,7 +84,7 @@ class LayerSteps:
         normed = _normed(x, parts.first, parts.qkv, adapter_values([parts.qkv], x)[0], parts)
         normed.group.shrink_into(normed.both)
         upstream = normed.group.upstream(self.count)
-        upstream[:, : normed.group.outputs] = to_qkv
+        copy_rows(upstream[:, : normed.group.outputs], to_qkv)
         to_n = normed.group.backward(normed.both, upstream, gradients.found[0])
         del upstream
         _norm_backward(to_n, self.rows("to_u"), x, normed.r, parts.first, parts, self.rows("state"))
