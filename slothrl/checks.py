@@ -34,6 +34,7 @@ CHOICES = {
     "model.fuse": ("auto", "on", "off"),
     "model.graphs": ("auto", "on", "off"),
     "model.activations": ("auto", "layer", "attention", "offload", "both"),
+    "model.embeddings": ("auto", "device", "host"),
     "rollout.engine": ("auto", "vllm", "transformers"),
     "rollout.share_base": ("auto", "always", "never"),
     "rollout.linear": ("auto", "slothrl", "vllm"),

@@ -29,6 +29,7 @@ class ModelConfig:
     fuse: str = "auto"  # fused layers (slothrl/fuse.py): auto (where Triton runs and it is no slower), on, off
     graphs: str = "auto"  # CUDA graphs of whole layers (slothrl/graphs.py): auto (where the GPU waits), on, off
     activations: str = "auto"  # what checkpointed layers keep: auto, layer, attention, all, offload, both
+    embeddings: str = "auto"  # where frozen token embeddings lie: auto (host from 256 MiB, not with vLLM), device, host
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 

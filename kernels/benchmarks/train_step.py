@@ -42,6 +42,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=7)
     policies = ["auto", "layer", "attention", "all", "offload", "both"]
     parser.add_argument("--activations", default="auto", choices=policies, help="model.activations of slothrl")
+    places = ["device", "host"]
+    parser.add_argument("--embeddings", default="device", choices=places, help="model.embeddings of slothrl")
     parser.add_argument("--arms", help=f"of {','.join(ARMS)}; default: slothrl,graphs,peft, unsloth if installed")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--profile", action="store_true", help="also one step, kernel by kernel")
@@ -61,7 +63,8 @@ def main() -> int:
 
 def compare(arms: list[str], arguments: argparse.Namespace) -> int:
     shape = f"{arguments.shape} shape, {arguments.batch} x {arguments.length} tokens"
-    print(f"### SFT step, {shape}, nf4, LoRA r=16\n", flush=True)
+    where = ", slothrl with model.embeddings=host" if arguments.embeddings == "host" else ""
+    print(f"### SFT step, {shape}, nf4, LoRA r=16{where}\n", flush=True)
     results: dict[str, Any] = {}
     wrong = []
     for arm in arms:
@@ -197,8 +200,10 @@ def prepare_ours(arguments: argparse.Namespace) -> tuple[Any, Callable, str]:
         from slothrl.activations import keep_activations
         from slothrl.fuse import fuse
         from slothrl.graphs import graph_layers
+        from slothrl.host_embeddings import move_embeddings
 
-        rows = fuse(model).rows() + keep_activations(model, policy)
+        rows = move_embeddings(model, arguments.embeddings) if arguments.embeddings == "host" else []
+        rows += fuse(model).rows() + keep_activations(model, policy)
         rows += graph_layers(model, {"slothrl": "off", "graphs": "on"}.get(arguments.arm, "auto"))
         note = "; ".join(f"{what} {how}".strip() for what, how in rows)
     return model, lambda ids: streamed_loss(model, ids), note
