@@ -48,8 +48,8 @@ class Settings:
         fused: the trainer's layers are fused (`model.fuse`).
         layer_graphs: fused layers run by CUDA graphs (`model.graphs=on`; "auto" takes only what it finds free).
         activations: what checkpointed layers keep (`model.activations`).
-        embeddings: where the trainer's input embeddings lie (`model.embeddings`).
         shared: vLLM and the trainer hold one base.
+        embeddings: where the trainer's input embeddings lie (`model.embeddings`).
         sleep: vLLM's cache is not there while the trainer works.
         utilization: the share of the device that vLLM takes where `cache` is None.
         cache: KV cache in bytes, or None.
@@ -74,9 +74,9 @@ class Settings:
     fused: bool = False
     layer_graphs: bool = False
     activations: str = "layer"
-    embeddings: str = "device"
     optimizer: str = "adamw_torch_fused"
     shared: bool = True
+    embeddings: str = "device"
     sleep: bool = True
     utilization: float = 0.35
     cache: int | None = None

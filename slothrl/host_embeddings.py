@@ -26,6 +26,9 @@ _held: weakref.WeakValueDictionary[int, HostCopy] = weakref.WeakValueDictionary(
 class HostCopy:
     """A weight's values in the host's memory, there as long as a tensor over them is.
 
+    Unlike memory of the device it does not wait for kernels when it goes: `return_embeddings` does, and a model whose
+    last step was waited for may be dropped.
+
     Attributes:
         memory: the same shape and dtype, contiguous, on the CPU; pinned where a GPU is to read it.
     """
@@ -56,6 +59,10 @@ class PinnedMemory:
         device than that.
         """
         return torch.as_tensor(held, device=device)
+
+    def let_go(self) -> None:
+        """Give the driver what torch's allocator holds and nobody has: the device's embeddings in one piece, mostly."""
+        torch.cuda.empty_cache()
 
     def finish(self, device: torch.device) -> None:
         """Wait for kernels that may still read the host's memory."""
@@ -188,6 +195,7 @@ def _move(weight: nn.Parameter, pinning: PinnedMemory) -> str | None:
         return "the GPU reads other values from the host's memory than were written"
     _held[view.data_ptr()] = held
     weight.data = view
+    pinning.let_go()
     return None
 
 

@@ -42,10 +42,10 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=7)
     policies = ["auto", "layer", "attention", "all", "offload", "both"]
     parser.add_argument("--activations", default="auto", choices=policies, help="model.activations of slothrl")
-    places = ["device", "host"]
-    parser.add_argument("--embeddings", default="device", choices=places, help="model.embeddings of slothrl")
     parser.add_argument("--arms", help=f"of {','.join(ARMS)}; default: slothrl,graphs,peft, unsloth if installed")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    places = ["device", "host"]
+    parser.add_argument("--embeddings", default="device", choices=places, help="model.embeddings of slothrl")
     parser.add_argument("--profile", action="store_true", help="also one step, kernel by kernel")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)  # set in the process of one arm
     arguments = parser.parse_args()
@@ -195,17 +195,19 @@ def prepare_ours(arguments: argparse.Namespace) -> tuple[Any, Callable, str]:
     model.train()
     if arguments.arm == "peft":
         return model, lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss, ""
-    note = ""
+    note, moved = "", []
+    if ours and arguments.embeddings == "host":
+        from slothrl.host_embeddings import move_embeddings
+
+        moved = move_embeddings(model, "host")
     if ours:
         from slothrl.activations import keep_activations
         from slothrl.fuse import fuse
         from slothrl.graphs import graph_layers
-        from slothrl.host_embeddings import move_embeddings
 
-        rows = move_embeddings(model, arguments.embeddings) if arguments.embeddings == "host" else []
-        rows += fuse(model).rows() + keep_activations(model, policy)
+        rows = fuse(model).rows() + keep_activations(model, policy)
         rows += graph_layers(model, {"slothrl": "off", "graphs": "on"}.get(arguments.arm, "auto"))
-        note = "; ".join(f"{what} {how}".strip() for what, how in rows)
+        note = "; ".join(f"{what} {how}".strip() for what, how in (*moved, *rows))
     return model, lambda ids: streamed_loss(model, ids), note
 
 
