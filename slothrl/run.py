@@ -161,17 +161,17 @@ def _start(prepared: Prepared, arguments, base: Base, output_dir: Path, console:
 
     trainer = build_trainer(prepared, arguments, base.model)
     wish, cuda = prepared.config.model.embeddings, prepared.config.gpu.device == "cuda"
-    fused = move_embeddings(trainer.model, wish, base.shared is not None) if cuda or wish == "host" else []
-    fused += fuse_as_asked(trainer.model, prepared.config.model.fuse, prepared.config.gpu.device)
+    moved = move_embeddings(trainer.model, wish, base.shared is not None) if cuda or wish == "host" else []
+    fused = fuse_as_asked(trainer.model, prepared.config.model.fuse, prepared.config.gpu.device)
     if arguments.gradient_checkpointing:
         fused += keep_activations(trainer.model, prepared.config.model.activations)
     elif (policy := prepared.config.model.activations) != "auto":
         kept = f"all of them: model.activations={policy} is for trainer.gradient_checkpointing=true"
         fused += [("activations", kept)]
-    if cuda:
+    if prepared.config.gpu.device == "cuda":
         vllm = prepared.engine.name == "vllm"
         fused += graph_layers(trainer.model, prepared.config.model.graphs, beside_vllm=vllm)
-    describe(prepared, trainer, base, output_dir, fused).show(console)
+    describe(prepared, trainer, base, output_dir, moved + fused).show(console)
     return trainer, attach_engine(prepared, trainer, base, console)
 
 
