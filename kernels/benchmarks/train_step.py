@@ -63,15 +63,15 @@ def main() -> int:
 
 def compare(arms: list[str], arguments: argparse.Namespace) -> int:
     shape = f"{arguments.shape} shape, {arguments.batch} x {arguments.length} tokens"
-    where = ", slothrl with model.embeddings=host" if arguments.embeddings == "host" else ""
-    print(f"### SFT step, {shape}, nf4, LoRA r=16{where}\n", flush=True)
+    print(f"### SFT step, {shape}, nf4, LoRA r=16\n", flush=True)
     results: dict[str, Any] = {}
     wrong = []
     for arm in arms:
         result = results[arm] = in_process(arm)
         first = next((r for r in results.values() if "loss" in r), {})
         if len(results) == 1:
-            print(f"{first.get('device', '?')}, torch {first.get('torch', '?')}, {time.strftime('%Y-%m-%d')}\n")
+            where = "; slothrl with model.embeddings=host" if arguments.embeddings == "host" else ""
+            print(f"{first.get('device', '?')}, torch {first.get('torch', '?')}, {time.strftime('%Y-%m-%d')}{where}\n")
             print(f"| {' | '.join(COLUMNS.split(', '))} |\n{'|---' * 7}|")
         if "loss" not in result:
             print(f"| {arm} | FAILED: {result['error']} |", flush=True)
