@@ -77,7 +77,7 @@ def move_embeddings(model: Any, where: str, shared: bool = False, pinning: Pinne
 
     Args:
         model: a causal LM of transformers, PEFT-wrapped or not; adapters are there already.
-        where: "device"; "host"; or "auto": host from 256 MiB on.
+        where: "device", back to it too; "host"; or "auto": host from 256 MiB on.
         shared: vLLM generates from the same memory: its CUDA graphs have the address, so they stay.
         pinning: in the place of pinned memory.
 
@@ -86,9 +86,10 @@ def move_embeddings(model: Any, where: str, shared: bool = False, pinning: Pinne
     """
     if where not in WISHES:
         raise ValueError(f"embeddings {where!r} is not one of {', '.join(WISHES)}")
-    if where == "device":
-        return [("embeddings", "on the device (model.embeddings=device)")]
     pinning = pinning or PinnedMemory()
+    if where == "device":
+        return_embeddings(model, pinning)
+        return [("embeddings", "on the device (model.embeddings=device)")]
     embedding = input_embeddings(model)
     why = _why_not(model, embedding, shared, pinning.device_type)
     if why is None and in_host(embedding.weight):
@@ -188,7 +189,7 @@ def _move(weight: nn.Parameter, pinning: PinnedMemory) -> str | None:
         held = pinning.copy(weight.data)
         view = pinning.bytes_on(weight.device, held).view(weight.dtype).view(weight.shape)
     except RuntimeError as error:
-        return f"the host's memory could not be pinned, or not read ({str(error).splitlines()[0]})"
+        return f"the host's memory could not be pinned, or not read ({_first_line(error)})"
     if view.device != weight.device or view.data_ptr() != held.memory.data_ptr():
         return f"torch {torch.__version__} copies pinned memory instead of reading it"
     if not _same_bits(view, weight.data):
@@ -208,3 +209,7 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 def _told(weight: Tensor) -> str:
     return f"{size(weight.nbytes)} in the host's memory ({size(pinned_bytes(weight.nbytes))} pinned), read from there"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

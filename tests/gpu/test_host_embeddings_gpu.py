@@ -161,7 +161,7 @@ def test_a_model_to_the_bit(kind):
         assert [name for name in repeated if not torch.equal(moved[name], first[name])] == []
     assert torch.equal(one_token(model), single)
     graphs = graphs_of(model)
-    assert kind != "fused, graphs" or (graphs is not None and not graphs.stopped and len(graphs.recorded) == 1)
+    assert kind != "fused, graphs" or (graphs is not None and not graphs.stopped and len(graphs.recorded) >= 1)
 
     del moved
     before = torch.cuda.memory_allocated()

@@ -112,6 +112,9 @@ def test_there_and_back_to_the_bit():
     assert weight.data_ptr() != address and not in_host(weight) and torch.equal(weight, values)
     assert all(torch.equal(a, b) for a, b in zip(step(model), before, strict=True))
     assert not return_embeddings(model, here) and not return_embeddings(nn.Linear(2, 2), here)
+    move_embeddings(model, "host", pinning=here)
+    assert why(move_embeddings(model, "device", pinning=here)) == "on the device (model.embeddings=device)"
+    assert not in_host(weight) and torch.equal(weight, values)
 
 
 def test_an_embedding_that_scales():
