@@ -31,6 +31,7 @@ GENERATION = ("generation_batch_size", "steps_per_generation")
 CHOICES = {
     "model.quantization": ("auto", "nf4", "int8", "none"),
     "model.dtype": ("auto", "bfloat16", "float16", "float32"),
+    "model.embeddings": ("auto", "device", "host"),
     "model.fuse": ("auto", "on", "off"),
     "model.graphs": ("auto", "on", "off"),
     "model.activations": ("auto", "layer", "attention", "offload", "both"),

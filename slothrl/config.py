@@ -26,6 +26,7 @@ class ModelConfig:
     quantization: str = "auto"  # auto, nf4, int8, none; auto: nf4 on CUDA, none on a CPU
     dtype: str = "auto"  # auto, bfloat16, float16, float32; auto: bfloat16 on CUDA, float32 on a CPU
     attn_implementation: str | None = None
+    embeddings: str = "auto"  # where frozen token embeddings lie: auto (host from 256 MiB, not with vLLM), device, host
     fuse: str = "auto"  # fused layers (slothrl/fuse.py): auto (where Triton runs and it is no slower), on, off
     graphs: str = "auto"  # CUDA graphs of whole layers (slothrl/graphs.py): auto (where the GPU waits), on, off
     activations: str = "auto"  # what checkpointed layers keep: auto, layer, attention, all, offload, both

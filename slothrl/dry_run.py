@@ -15,7 +15,7 @@ from slothrl.engine import EngineChoice, describe_engine
 from slothrl.errors import UserError
 from slothrl.fit import peak, phases_table, verdict
 from slothrl.fit_config import Question, question, value
-from slothrl.fit_memory import predict
+from slothrl.fit_memory import host_embeddings, predict
 from slothrl.fit_terms import adapter_bytes, base_bytes
 from slothrl.plan import Batch, Plan, size
 from slothrl.prepare import Prepared, prepare
@@ -66,11 +66,15 @@ def planned(prepared: Prepared, asked: Question) -> Plan:
     config, shape, settings = prepared.config, asked.shape, asked.settings
     plan = Plan(f"slothrl: {config.algo.name} (dry run)")
     base = base_bytes(shape, settings.quantization, settings.width, double=not settings.uses_vllm)
+    if moved := host_embeddings(shape, settings):
+        base -= 0 if settings.uses_vllm else moved  # vLLM's, of two, has its own
     plan.add("model", f"{asked.title}, {shape.parameters / 1e6:,.1f}M parameters, {size(base)} in memory")
     quantization = "not quantised" if settings.quantization == "none" else settings.quantization
     plan.add("weights", f"{quantization}, {str(prepared.model.dtype).removeprefix('torch.')}, on {config.gpu.device}")
     trained = f"{shape.adapter / 1e6:.2f}M trainable, {size(adapter_bytes(shape))} in float32"
     plan.add("LoRA", f"r={shape.rank}, alpha={config.model.lora.lora_alpha}, {trained}")
+    if moved:
+        plan.add("embeddings", f"{size(moved)} in the host's memory, as far as that has room")
     plan.add("data", prepared.data_title)
     plan.add("step", _batch(config, asked).describe())
     if not prepared.sft:

@@ -10,7 +10,15 @@ from rich.table import Table
 from slothrl.errors import ConfigError, UserError
 from slothrl.fit_config import Question, question
 from slothrl.fit_constants import card_bytes
-from slothrl.fit_memory import PhasePrediction, Settings, largest_micro_batch, needed_cache, predict, starts
+from slothrl.fit_memory import (
+    PhasePrediction,
+    Settings,
+    host_embeddings,
+    largest_micro_batch,
+    needed_cache,
+    predict,
+    starts,
+)
 from slothrl.fit_search import largest_batch, longest_context, smaller
 from slothrl.plan import size
 
@@ -106,9 +114,10 @@ def described(asked: Question) -> str:
     else:
         batch = f"micro-batch {settings.rows} x ({length}) tokens"
     fused = ", fused layers" if settings.fused else ""
+    moved = ", embeddings in the host's memory" if host_embeddings(asked.shape, settings) else ""
     return (
         f"{asked.title}, {asked.shape.parameters / 1e9:.2f}B, {kind}, LoRA r={asked.shape.rank},"
-        f" {batch}{checkpointing}{fused}"
+        f" {batch}{checkpointing}{fused}{moved}"
     )
 
 

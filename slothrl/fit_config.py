@@ -95,6 +95,7 @@ def settings_of(
         optimizer=str(value(config, "optim") or DEFAULT_OPTIMIZER),
         shared=rollout.share_base != "never" and quantization != "int8" and _one_dtype(config),
         sleep=rollout.sleep,
+        embeddings=config.model.embeddings,
         utilization=rollout.gpu_memory_utilization,
         cache=None if rollout.kv_cache_gb is None else int(rollout.kv_cache_gb * GIB),
         graphs=not rollout.enforce_eager,

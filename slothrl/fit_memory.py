@@ -19,6 +19,7 @@ from slothrl.fit_terms import (
     vllm_adapter_bytes,
     vllm_prefill_bytes,
 )
+from slothrl.host_embeddings import wanted
 from slothrl.memory_phases import BASE, REST, TEMPORARY
 
 COPY = "base, the trainer's own"
@@ -48,6 +49,7 @@ class Settings:
         layer_graphs: fused layers run by CUDA graphs (`model.graphs=on`; "auto" takes only what it finds free).
         activations: what checkpointed layers keep (`model.activations`).
         shared: vLLM and the trainer hold one base.
+        embeddings: where the trainer's input embeddings lie (`model.embeddings`).
         sleep: vLLM's cache is not there while the trainer works.
         utilization: the share of the device that vLLM takes where `cache` is None.
         cache: KV cache in bytes, or None.
@@ -74,6 +76,7 @@ class Settings:
     activations: str = "layer"
     optimizer: str = "adamw_torch_fused"
     shared: bool = True
+    embeddings: str = "device"
     sleep: bool = True
     utilization: float = 0.35
     cache: int | None = None
@@ -115,9 +118,20 @@ class PhasePrediction:
         return sum(self.parts.values())
 
 
+def host_embeddings(shape: Shape, settings: Settings) -> int:
+    """Bytes of the trainer's embeddings that lie in the host's memory (`slothrl.host_embeddings`): all V h e, or none.
+
+    Tied ones are the head's, and vLLM keeps those that it shares.
+    """
+    nbytes = settings.width * shape.embedding
+    own = settings.cuda and shape.head > 0 and shape.frozen_embedding and not (settings.uses_vllm and settings.shared)
+    return nbytes if own and wanted(settings.embeddings, nbytes) else 0
+
+
 def held(shape: Shape, settings: Settings) -> dict[str, int]:
     """What is there in every phase, the cache aside."""
-    parts = {BASE: base_bytes(shape, settings.quantization, settings.width)}
+    moved = host_embeddings(shape, settings)
+    parts = {BASE: base_bytes(shape, settings.quantization, settings.width) - moved}
     if settings.uses_vllm:
         # vLLM keeps expanded scales, transformers doubly quantised ones; LLM.int8 it has not at all.
         kept = "none" if settings.quantization == "int8" else settings.quantization

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from slothrl.fit_batch import NO_LIMIT
-from slothrl.fit_memory import Settings, fits, largest_micro_batch
+from slothrl.fit_memory import Settings, fits, host_embeddings, largest_micro_batch
 from slothrl.fit_shape import Shape
 
 LONGEST, MOST_ROWS = 1 << 22, 1 << 12  # where the searches end
@@ -64,8 +64,9 @@ class Change:
 def smaller(shape: Shape, settings: Settings, total: int, accumulation: int = 1) -> Change | None:
     """The nearest settings that fit, tried in the order in which they cost least; None where none does.
 
-    First what changes nothing but time: vLLM's cache freed while the trainer works, activations computed again, smaller
-    micro-batches. Then vLLM's share of the device, which changes the speed of rollouts. Last the completions' length.
+    First what changes nothing but time: vLLM's cache freed while the trainer works, embeddings in the host's memory,
+    activations computed again, smaller micro-batches. Then vLLM's share of the device, which changes the speed of
+    rollouts. Last the completions' length.
 
     Args:
         accumulation: gradient_accumulation_steps, which grows as the micro-batch shrinks.
@@ -73,6 +74,9 @@ def smaller(shape: Shape, settings: Settings, total: int, accumulation: int = 1)
     found = Change(settings, ())
     if settings.uses_vllm and not settings.sleep:
         found = Change(replace(found.settings, sleep=True), (*found.overrides, "rollout.sleep=true"))
+    elsewhere = replace(found.settings, embeddings="host")
+    if host_embeddings(shape, elsewhere) > host_embeddings(shape, settings) and not fits(shape, found.settings, total):
+        found = Change(elsewhere, (*found.overrides, "model.embeddings=host"))
     if not settings.checkpointing and not fits(shape, found.settings, total):
         overrides = (*found.overrides, "trainer.gradient_checkpointing=true")
         found = Change(replace(found.settings, checkpointing=True), overrides)

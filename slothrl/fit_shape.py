@@ -21,6 +21,7 @@ class Shape:
         norms: RMS norms of the model's width in one layer, which keep their inputs in float32.
         head_norms: whether queries and keys are normed too (Qwen 3, Gemma 3).
         rank, adapter, adapter_tensors: the LoRA's rank, its values, and the tensors they are in.
+        frozen_embedding: no LoRA goes into the input embedding.
     """
 
     layers: int
@@ -39,6 +40,7 @@ class Shape:
     rank: int = 0
     adapter: int = 0
     adapter_tensors: int = 0
+    frozen_embedding: bool = True
 
     @property
     def query(self) -> int:
@@ -97,6 +99,7 @@ def shape_of(model: Any, adapter: Any) -> Shape:
         rank=adapter.r,
         adapter=sum(parameter.numel() for parameter in trained),
         adapter_tensors=len(trained),
+        frozen_embedding=isinstance(wrapped.get_base_model().get_input_embeddings(), nn.Embedding),
         **found,
     )
 

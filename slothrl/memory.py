@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slothrl.host_embeddings import in_host
 from slothrl.plan import size
 
 
@@ -19,7 +20,8 @@ class Holding:
     """One line of where memory goes.
 
     Attributes:
-        part: the bytes are of tensors counted here and nowhere else; False for what the device reports of all.
+        part: the bytes are of tensors counted here and nowhere else; False for what the device reports of all, and for
+            what a GPU reads in the host's memory.
     """
 
     name: str
@@ -66,12 +68,16 @@ def measure(model: nn.Module, optimizer: Any = None) -> list[Holding]:
         optimizer: its state is counted too; it is empty before the first step.
 
     Returns:
-        One holding a kind that is there; for a model on a CUDA device also what torch and the driver say of the device.
+        One holding a kind that is there; for a model on a CUDA device also what torch and the driver say of the device,
+        and, as no part, embeddings that are the device's in name only (`slothrl.host_embeddings`).
     """
-    ledger = _Ledger()
+    ledger, host = _Ledger(), _Ledger()
     embedding, head = _embedding(model, "get_input_embeddings"), _embedding(model, "get_output_embeddings")
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
+            if in_host(parameter):
+                host.add("embeddings, in the host's memory", parameter.data)
+                continue
             kind = _kind(f"{prefix}.{name}", parameter, embedding, head)
             state = getattr(parameter, "quant_state", None)
             ledger.add(kind, parameter.data, None if state is None else state.shape.numel())
@@ -84,8 +90,8 @@ def measure(model: nn.Module, optimizer: Any = None) -> list[Holding]:
     for state in optimizer.state.values() if optimizer is not None else ():
         for value in state.values():
             ledger.add("optimizer state", value)
-    holdings = ledger.holdings()
-    return holdings + _device_holdings(model, sum(holding.bytes for holding in holdings))
+    holdings, elsewhere = ledger.holdings(), [replace(holding, part=False) for holding in host.holdings()]
+    return holdings + elsewhere + _device_holdings(model, sum(holding.bytes for holding in holdings))
 
 
 def _embedding(model: nn.Module, getter: str) -> int | None:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from slothrl.config import LoraConfig, ModelConfig
 from slothrl.embedded import EMBEDDED, embedded_folder
 from slothrl.errors import UserError
+from slothrl.host_embeddings import in_host
 from slothrl.vllm_compat import keep_plain, making_models
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -141,10 +142,13 @@ def peft_config(config: LoraConfig, revision: str | None = None) -> PeftLoraConf
 
 
 def parameter_bytes(model) -> tuple[int, int, int]:
-    """(bytes of all parameters, number of trainable parameters, number of base parameters unpacked from 4-bit)."""
+    """(bytes of all parameters, number of trainable parameters, number of base parameters unpacked from 4-bit).
+
+    Embeddings in the host's memory count as parameters, and not in the bytes.
+    """
     total = trainable = count = 0
     for parameter in model.parameters():
-        total += parameter.nbytes
+        total += 0 if in_host(parameter) else parameter.nbytes
         if parameter.requires_grad:
             trainable += parameter.numel()
         else:

@@ -20,6 +20,7 @@ from slothrl.engine import Engine, describe_engine
 from slothrl.fingerprint import fingerprint, settings
 from slothrl.fuse import fuse_as_asked
 from slothrl.graphs import graph_layers, graphs_of
+from slothrl.host_embeddings import move_embeddings
 from slothrl.interrupts import Interrupts
 from slothrl.memory import memory_given_back
 from slothrl.models import parameter_bytes
@@ -159,6 +160,8 @@ def _start(prepared: Prepared, arguments, base: Base, output_dir: Path, console:
     from slothrl.trainers.build import build_trainer
 
     trainer = build_trainer(prepared, arguments, base.model)
+    wish, cuda = prepared.config.model.embeddings, prepared.config.gpu.device == "cuda"
+    moved = move_embeddings(trainer.model, wish, base.shared is not None) if cuda or wish == "host" else []
     fused = fuse_as_asked(trainer.model, prepared.config.model.fuse, prepared.config.gpu.device)
     if arguments.gradient_checkpointing:
         fused += keep_activations(trainer.model, prepared.config.model.activations)
@@ -168,7 +171,7 @@ def _start(prepared: Prepared, arguments, base: Base, output_dir: Path, console:
     if prepared.config.gpu.device == "cuda":
         vllm = prepared.engine.name == "vllm"
         fused += graph_layers(trainer.model, prepared.config.model.graphs, beside_vllm=vllm)
-    describe(prepared, trainer, base, output_dir, fused).show(console)
+    describe(prepared, trainer, base, output_dir, moved + fused).show(console)
     return trainer, attach_engine(prepared, trainer, base, console)
 
 

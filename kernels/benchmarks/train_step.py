@@ -44,6 +44,8 @@ def main() -> int:
     parser.add_argument("--activations", default="auto", choices=policies, help="model.activations of slothrl")
     parser.add_argument("--arms", help=f"of {','.join(ARMS)}; default: slothrl,graphs,peft, unsloth if installed")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    places = ["device", "host"]
+    parser.add_argument("--embeddings", default="device", choices=places, help="model.embeddings of slothrl")
     parser.add_argument("--profile", action="store_true", help="also one step, kernel by kernel")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)  # set in the process of one arm
     arguments = parser.parse_args()
@@ -68,7 +70,8 @@ def compare(arms: list[str], arguments: argparse.Namespace) -> int:
         result = results[arm] = in_process(arm)
         first = next((r for r in results.values() if "loss" in r), {})
         if len(results) == 1:
-            print(f"{first.get('device', '?')}, torch {first.get('torch', '?')}, {time.strftime('%Y-%m-%d')}\n")
+            where = "; slothrl with model.embeddings=host" if arguments.embeddings == "host" else ""
+            print(f"{first.get('device', '?')}, torch {first.get('torch', '?')}, {time.strftime('%Y-%m-%d')}{where}\n")
             print(f"| {' | '.join(COLUMNS.split(', '))} |\n{'|---' * 7}|")
         if "loss" not in result:
             print(f"| {arm} | FAILED: {result['error']} |", flush=True)
@@ -192,7 +195,11 @@ def prepare_ours(arguments: argparse.Namespace) -> tuple[Any, Callable, str]:
     model.train()
     if arguments.arm == "peft":
         return model, lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss, ""
-    note = ""
+    note, moved = "", []
+    if ours and arguments.embeddings == "host":
+        from slothrl.host_embeddings import move_embeddings
+
+        moved = move_embeddings(model, "host")
     if ours:
         from slothrl.activations import keep_activations
         from slothrl.fuse import fuse
@@ -200,7 +207,7 @@ def prepare_ours(arguments: argparse.Namespace) -> tuple[Any, Callable, str]:
 
         rows = fuse(model).rows() + keep_activations(model, policy)
         rows += graph_layers(model, {"slothrl": "off", "graphs": "on"}.get(arguments.arm, "auto"))
-        note = "; ".join(f"{what} {how}".strip() for what, how in rows)
+        note = "; ".join(f"{what} {how}".strip() for what, how in (*moved, *rows))
     return model, lambda ids: streamed_loss(model, ids), note
 
 

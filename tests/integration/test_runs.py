@@ -113,7 +113,7 @@ def test_a_loss_of_ones_own_over_padded_rows(work, tiny_folders, capsys):
 
 def test_sft(work, tiny_folders, capsys):
     arguments = ["algo=sft", "output_dir=run", "trainer.learning_rate=0.01", "trainer.max_steps=4"]
-    arguments.append("model.activations=both")  # of checkpointed layers, and there are none: said
+    arguments += ["model.activations=both", "model.embeddings=host"]  # no checkpointed layers, and no GPU: said
     before = models_alive()
     assert main(tiny(tiny_folders["tiny"], *arguments)) == 0
     assert models_alive() <= before
@@ -125,6 +125,7 @@ def test_sft(work, tiny_folders, capsys):
     said = " ".join(shown.replace("│", "").split())
     assert "{'eval_loss'" not in shown and "slothrl's: gradient written in the forward" in said
     assert "model.activations=both is for trainer.gradient_checkpointing=true" in said
+    assert "embeddings on the device: there is no GPU" in said
 
 
 def test_sft_without_a_reward_measures_the_loss(work, tiny_folders):

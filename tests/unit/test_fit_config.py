@@ -36,6 +36,10 @@ def test_packs_and_layers():
     assert settings("model.fuse=auto").fused and settings().fused and not settings("model.fuse=off").fused
 
 
+def test_where_embeddings_lie():
+    assert settings().embeddings == "auto" and settings("model.embeddings=host").embeddings == "host"
+
+
 def test_graphs_of_layers():
     """Their frame and the pool for an MLP's backward, where they are asked for and layers run as one step."""
     one = ("algo=sft", "trainer.per_device_train_batch_size=1", "trainer.max_length=64")
