@@ -216,9 +216,9 @@ def kept_attention_bytes(shape: Shape, batch: MicroBatch, route: Route) -> int:
 def activation_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
     """The most that forward and backward of one micro-batch hold beside weights, gradients and optimizer state.
 
-    With checkpointing every layer keeps its input, L e h a token (with `offload` two layers at a time do, beside those
-    that keep all; one while the last of these works), some their attention (`kept_attention_bytes`), and one layer at a
-    time is computed again. The peak is in that layer's backward, or at the head:
+    With checkpointing every layer keeps its input, L e h a token (with `offload` two layers at a time do, and none
+    while several that keep all are worked on), some their attention (`kept_attention_bytes`), and one layer at a time
+    is computed again. The peak is in that layer's backward, or at the head:
 
         forward    L e h T + 4 h T + e h T + head + e x LoRA (autocast's copies)
         backward   L e h T + the layer's peak, when those that keep all have given theirs back, or the backward of one
@@ -240,9 +240,11 @@ def activation_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
         # The others, when those that keep all are done. What a layer kept is not made once more: `layer_peak` has it.
         beside = replace(route, whole=0, attending=max(0, route.attending - (not route.offload)))
         later = (min(others, 2) if route.offload else others) * states + kept_attention_bytes(shape, batch, beside)
-        kept = _kept_at_head(shape, batch, route, states) if route.whole else later
+        kept = _kept_at_head(shape, batch, route, states)
         peaks = [kept + 4 * batch.tokens * shape.hidden + states + head + copies]
-        peaks += [kept + kept_layer_peak(shape, batch, route)] if route.whole else []
+        peaks += (
+            [kept + _coming_back(shape, batch, route) + kept_layer_peak(shape, batch, route)] if route.whole else []
+        )
         peaks += [later + layer_peak(shape, batch, route)] if others else []
         return max(peaks) + batch.mask_cells
     layer, last = _whole_layer(shape, batch, route)
@@ -253,13 +255,20 @@ def activation_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
 
 
 def _kept_at_head(shape: Shape, batch: MicroBatch, route: Route, states: int) -> int:
-    """What checkpointed layers have kept when the forward of the last ones, which keep all, is over."""
-    others = shape.layers - route.whole
-    if not route.offload:
-        return shape.layers * states + kept_attention_bytes(shape, batch, route)
-    waiting = min(others, 1) if route.whole == 1 else 0  # it comes back while the last one works
-    attending = min(waiting, route.attending)
-    return (route.whole + waiting) * states + kept_attention_bytes(shape, batch, replace(route, attending=attending))
+    """What checkpointed layers have kept on the device when the forward is over."""
+    if route.offload and route.whole:  # what the others keep has left
+        return route.whole * states + kept_attention_bytes(shape, batch, replace(route, attending=0))
+    return (min(shape.layers, 2) if route.offload else shape.layers) * states + kept_attention_bytes(
+        shape, batch, route
+    )
+
+
+def _coming_back(shape: Shape, batch: MicroBatch, route: Route) -> int:
+    """What another layer's backward begins with, while the only one that keeps all works: its input, and attention's
+    output. Where several keep all, others have given theirs back by then."""
+    if not route.offload or route.whole != 1:
+        return 0
+    return batch.tokens * route.width * (shape.hidden + (shape.query if route.attending else 0))
 
 
 def _whole_layer(shape: Shape, batch: MicroBatch, route: Route) -> tuple[int, int]:

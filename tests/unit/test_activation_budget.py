@@ -112,11 +112,12 @@ def test_fit_counts_layers_within_a_budget(llama):
     assert keeping_layers(llama, batch, replace(asked, activations="offload"), 70 * GB) == (3, 0)
     assert keeping_layers(llama, batch, replace(asked, activations="layer", cuda=False), 0) == (3, 0)
     assert keeping_layers(llama, batch, replace(asked, fused=False), 70 * GB)[0] == 0
-    # Two layers on their way, and one computed again; or at the head, of which one or two keep all.
+    # Two layers on their way, and one computed again; or those that keep all, and the head.
     assert peaks[0] == 2 * (ATTENTION + INPUT) + layer_peak(llama, batch, Route(fused=True))
     head = TOKENS * 6 * 4096 + head_bytes(llama, batch, 2) + 2 * llama.adapter
-    assert head > kept_layer_peak(llama, batch, Route(fused=True))
-    assert peaks[1] == (ALL + INPUT) + (ATTENTION + INPUT) + head  # the layer below comes back meanwhile
+    worked = kept_layer_peak(llama, batch, Route(fused=True))
+    assert head - TOKENS * 2 * 8192 < worked < head  # less the input and attention's output of the layer below
+    assert peaks[1] == peaks[0] > ALL + INPUT + worked + TOKENS * 2 * 8192  # which come back meanwhile
     assert [peaks[2], peaks[3]] == [whole * (ALL + INPUT) + head for whole in (2, 3)]
     mask = 2 * 2 * 2048 * 2048  # of padded rows, in 16 bits
     assert allocated(update(llama, asked, 80 * GIB).parts) - allocated(
