@@ -20,7 +20,7 @@ the first layer is computed again, and the peak of the backward is the higher on
     the last layers keep all     N w + its backward     or     what is computed again + its backward
     the first layers would       N w + what is computed again + its backward
 
-(8B, 4,096 tokens, "both": w = 386 MB with its input; 403 MB for the backward of a layer that keeps all, 448 for the
+(8B, 4,096 tokens, "both": w = 386 MB with its input; 369 MB for the backward of a layer that keeps all, 448 for the
 head; 236 for two layers' copies and 639 for the backward of one that is computed again. So one whole layer adds nothing
 to the peak, and two add 0.3 GiB and not 0.7.) With "offload" and "both" nothing of theirs goes to the host: the others'
 last copies end, and their first come back, while they are worked on.

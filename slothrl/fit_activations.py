@@ -172,7 +172,8 @@ def layer_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
 def kept_layer_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
     """What the backward of a checkpointed layer that keeps all holds beside that, at its fullest, where kernels run:
 
-        4 e h              the output's gradient, the same beside its rank products, both norms made again; a token, and
+        3 e h              the output's gradient, the same beside its rank products, the MLP's norm made again; a token,
+                           and
 
         e m T + e m h      the product's gradient, over which the product is written, and down's matrix unpacked; or
         e h T + 2 e m h    the gradient of the MLP's norm, and those of gate and up
@@ -181,7 +182,7 @@ def kept_layer_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
     """
     weight = shape.mlp * shape.hidden if route.quantized else 0
     more = max(batch.tokens * shape.mlp + weight, batch.tokens * shape.hidden + 2 * weight)
-    return route.width * (4 * batch.tokens * shape.hidden + more)
+    return route.width * (3 * batch.tokens * shape.hidden + more)
 
 
 def whole_layers(shape: Shape, fused: bool) -> bool:

@@ -9,7 +9,7 @@ Layers that keep all within a budget (`model.activation_gib`) are recorded only 
 and frame fit into it. A few beside others would take far more than they are to: with 8B and 4,096 tokens a frame of 523
 MB, [W | B] of down included, and each 389 of its own that stay when its backward is over, beside 34 of attention's
 output. Run eagerly each keeps 353 MB, which are free when the other layers' backward begins, and the last one's takes
-403 beside them: less in all for any number of layers.
+369 beside them: less in all for any number of layers.
 """
 
 from __future__ import annotations

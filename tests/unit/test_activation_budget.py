@@ -116,8 +116,9 @@ def test_fit_counts_layers_within_a_budget(llama):
     assert peaks[0] == 2 * (ATTENTION + INPUT) + layer_peak(llama, batch, Route(fused=True))
     head = TOKENS * 6 * 4096 + head_bytes(llama, batch, 2) + 2 * llama.adapter
     worked = kept_layer_peak(llama, batch, Route(fused=True))
-    assert head - TOKENS * 2 * 8192 < worked < head  # less the input and attention's output of the layer below
-    assert peaks[1] == peaks[0] > ALL + INPUT + worked + TOKENS * 2 * 8192  # which come back meanwhile
+    assert worked < head
+    # The input and attention's output of the layer below come back meanwhile.
+    assert peaks[1] == peaks[0] > max(ALL + INPUT + head, ALL + INPUT + worked + TOKENS * 2 * 8192)
     assert [peaks[2], peaks[3]] == [whole * (ALL + INPUT) + head for whole in (2, 3)]
     mask = 2 * 2 * 2048 * 2048  # of padded rows, in 16 bits
     assert allocated(update(llama, asked, 80 * GIB).parts) - allocated(
