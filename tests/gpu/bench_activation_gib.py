@@ -35,6 +35,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--activations", default="both", help="model.activations")
     parser.add_argument("--gib", default="0.4,0.8,1.2,1.6", help="budgets, after none")
     parser.add_argument("--graphs", default="off,on", help="model.graphs")
+    parser.add_argument("--embeddings", default="device", choices=["device", "host"], help="model.embeddings")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     return parser.parse_args()
 
@@ -103,7 +104,7 @@ def main() -> int:
     bench = Bench(given)
     name = torch.cuda.get_device_name() if bench.cuda else "CPU"
     print(f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; {given.shape}, ", end="")
-    print(f"{given.batch} x {given.length} tokens, model.activations={given.activations}\n")
+    print(f"{given.batch} x {given.length} tokens, model.activations={given.activations}, model.embeddings={given.embeddings}\n")
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
     wrong = table(bench)
     print(f"\nwrong: {', '.join(wrong)}" if wrong else "\nequal loss and an equal gradient norm in every arm")
