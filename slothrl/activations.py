@@ -13,6 +13,18 @@
                  is one step and memory is plenty (`slothrl.kept_attention` says how much that is), and all in as many
                  of these as that memory has room for; else layer
 
+Under each of them `model.activation_gib` has layers that are one step keep everything within so many GiB of the device
+("auto" and "all": at most so many). They are the last layers of the forward. So they have given their memory back when
+the first layer is computed again, and the peak of the backward is the higher one of the two:
+
+    the last layers keep all     N w + its backward     or     what is computed again + its backward
+    the first layers would       N w + what is computed again + its backward
+
+(8B, 4,096 tokens, "both": w = 386 MB with its input; 369 MB for the backward of a layer that keeps all, 448 for the
+head; 236 for two layers' copies and 639 for the backward of one that is computed again. So one whole layer adds nothing
+to the peak, and two add 0.3 GiB and not 0.7.) With "offload" and "both" nothing of theirs goes to the host: the others'
+last copies end, and their first come back, while they are worked on.
+
 transformers asks each layer's `_gradient_checkpointing_func`, and trainers set it anew when they start: a hook in front
 of the decoder puts ours there again, on this instance, and `release` takes both away.
 """
@@ -31,7 +43,15 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from slothrl.fuse_layer import Direct, fused_layer, is_plain_checkpoint
 from slothrl.host_memory import free_of_host
-from slothrl.kept_attention import WORTH, AttentionSizes, in_host, layers_that_keep, reserved_bytes
+from slothrl.kept_attention import (
+    HOSTED,
+    WORTH,
+    AttentionSizes,
+    in_host,
+    layers_on_a_cpu,
+    layers_that_keep,
+    reserved_bytes,
+)
 from slothrl.offload import HostMemory
 from slothrl.plan import Rows
 from slothrl.token_bytes import bytes_per_token, bytes_to_come, left_beside, left_of_light
@@ -40,23 +60,30 @@ POLICIES = ("auto", "layer", "attention", "all", "offload", "both")
 _KEPT = "_slothrl_activations"
 
 
-def keep_activations(model: Any, policy: str) -> Rows:
+def keep_activations(model: Any, policy: str, gib: float | None = None) -> Rows:
     """Let the checkpointed layers of `model` keep what `policy` says; rows for the plan table.
 
     It does nothing until gradient checkpointing is on, and nothing to reentrant checkpointing.
 
+    Args:
+        gib: GiB of the device's memory that layers which keep everything may take, counted in 16 bits; None: as the
+            policy says.
+
     Raises:
-        ValueError: an unknown policy.
+        ValueError: an unknown policy, or a negative `gib`.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy {policy!r} is not one of {', '.join(POLICIES)}")
     release(model)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     owner, layers = _layers(base)
-    if owner is None or policy == "layer":
+    if gib is not None and not gib >= 0:
+        raise ValueError(f"activation_gib={gib}: GiB of memory, 0 or more")
+    if owner is None or (policy == "layer" and gib is None):
         return [("activations", "layer inputs" if owner else "this model has no layers that transformers checkpoints")]
-    vars(model)[_KEPT] = Activations(owner, layers, policy)
+    kept = vars(model)[_KEPT] = Activations(owner, layers, policy, None if gib is None else int(gib * 2**30))
     words = {
+        "layer": "layer inputs",
         "auto": f"layer inputs; attention too where it is {WORTH:.0%} of the work, or a layer is one step and it fits;"
         " then all that fits",
         "attention": "layer inputs and attention outputs, as far as they fit",
@@ -64,7 +91,7 @@ def keep_activations(model: Any, policy: str) -> Rows:
         "offload": "layer inputs, in the host's memory",
         "both": "layer inputs in the host's memory; attention's too where a layer is one step, else on the device",
     }
-    return [("activations", words[policy])]
+    return [("activations", words[policy] + ("" if gib is None else kept.said(gib)))]
 
 
 def release(model: nn.Module) -> None:
@@ -79,8 +106,9 @@ def reserved_for_attention(model: nn.Module, tokens: int, free: int) -> int:
     kept: Activations | None = vars(model).get(_KEPT)
     if kept is None:
         return 0
-    each = bytes_per_token(kept.layers[0].self_attn.config, 2, checkpointing=True)
-    return reserved_bytes(kept.policy, kept.sizes, tokens, free, each)
+    config = kept.layers[0].self_attn.config
+    each, usable = bytes_per_token(config, 2, checkpointing=True), left_beside(free, config, 0)
+    return reserved_bytes(kept.policy, kept.sizes, tokens, free, each, kept.within, usable)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -90,17 +118,34 @@ def free_bytes(device: torch.device) -> int:
 
 
 class Activations:
-    """Watches the forwards of a decoder and decides, for each, what its layers keep."""
+    """Watches the forwards of a decoder and decides, for each, what its layers keep.
 
-    def __init__(self, owner: nn.Module, layers: list[Any], policy: str) -> None:
-        self.layers, self.policy = layers, policy
+    Args:
+        within: bytes that layers which keep everything may take; None: as the policy says.
+    """
+
+    def __init__(self, owner: nn.Module, layers: list[Any], policy: str, within: int | None = None) -> None:
+        self.layers, self.policy, self.within = layers, policy, within
         self.trained = [p for p in owner.parameters() if p.requires_grad]
-        self.host = HostMemory(len(layers)) if policy in ("offload", "both") else None
-        self.whole = self.attending = 0  # layers that keep all, and those after them their attention, in this forward
+        self.host = HostMemory(len(layers)) if policy in HOSTED else None
+        self.whole = self.attending = 0  # the last layers keep all, those before them their attention, in this forward
         self.handle = owner.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def said(self, gib: float) -> str:
+        """What `gib` adds to the words about the policy."""
+        if not self.sizes.whole:
+            return f"; activation_gib={gib:g} does nothing: no layer is one step of autograd (model.fuse)"
+        most = "at most " if self.policy in ("auto", "all") else ""
+        return f"; everything of as many of the last layers as fit into {most}{gib:g} GiB (activation_gib)"
+
+    def keeps(self, index: int) -> Keep:
+        """What layer `index` keeps in this forward."""
+        above = len(self.layers) - index  # it and those after it
+        return "all" if above <= self.whole else "attention" if above <= self.whole + self.attending else "input"
 
     def remove(self) -> None:
         self.handle.remove()
+        self._limit_recordings(None)
         for layer in self.layers:
             function = vars(layer).get("_gradient_checkpointing_func")
             if isinstance(function, _Checkpoint):
@@ -115,32 +160,45 @@ class Activations:
                 layer._gradient_checkpointing_func = _Checkpoint(self, index, theirs)
         if self.host is not None:
             self.host.begin()
-        if self.policy != "offload" and given is not None and given.dim() >= 2 and torch.is_grad_enabled():
+        asks = self.policy not in ("layer", "offload") or self.within is not None
+        if asks and given is not None and given.dim() >= 2 and torch.is_grad_enabled():
             layout = kwargs.get("packed_layout")  # its tokens do not all see each other
             reach = given.size(1) if layout is None else layout.max_position + 1
             self.whole, self.attending = self._how_many(given.size(0) * given.size(1), reach, given.device)
+            if self.host is not None:
+                self.host.staying = max(1, self.whole)
+            self._limit_recordings(self.within)
+
+    def _limit_recordings(self, most: int | None) -> None:
+        fused = fused_layer(self.layers[0])
+        if fused is not None and fused.graphs is not None:
+            fused.graphs.most = most
 
     def _how_many(self, tokens: int, reach: int, device: torch.device) -> tuple[int, int]:
-        """Layers that keep all, and others whose attention is kept; on a CPU all or none, as asked for.
+        """Layers that keep all, and others whose attention is kept.
 
         Args:
             tokens: of the forward. reach: the most keys that one of them sees.
         """
         sizes, count = self.sizes, len(self.layers)
         if device.type != "cuda":
-            whole = count if self.policy == "all" and sizes.whole else 0
-            return whole, count - whole if self.policy in ("attention", "both", "all") else 0
-        config = self.layers[0].self_attn.config
-        if self.host is not None and in_host(self.policy, sizes):
-            pinned = self.host.spare(tokens * (sizes.bytes + 2 * config.hidden_size))
-            if len(pinned) >= count - 1:  # of an earlier forward; the last layer's stays
-                return 0, count
-            return layers_that_keep(self.policy, sizes, tokens, reach, 0, 0, 0, free_of_host() + sum(pinned))
+            return layers_on_a_cpu(self.policy, sizes, tokens, self.within)
+        hosted = self.host is not None and in_host(self.policy, sizes)
+        room = (0, 0, 0) if hosted and self.within is None else self._room(tokens, device)
+        keep = partial(layers_that_keep, self.policy, sizes, tokens, reach, *room, within=self.within)
+        if self.host is None or not hosted:
+            return keep()
+        whole, pinned = keep()[0], self.host.spare(tokens * (sizes.bytes + 2 * sizes.hidden))
+        if len(pinned) >= count - max(1, whole):  # of an earlier forward; the last layer's stays
+            return whole, count - whole
+        return keep(host=free_of_host() + sum(pinned))
+
+    def _room(self, tokens: int, device: torch.device) -> tuple[int, int, int]:
+        """`free`, `left` and `light` of `layers_that_keep`."""
+        config, fused = self.layers[0].self_attn.config, fused_layer(self.layers[0])
         free = free_bytes(device) - bytes_to_come(self.trained)
-        fused = fused_layer(self.layers[0])
         free += fused.graphs.idle if fused is not None and fused.graphs is not None else 0
-        left, light = left_beside(free, config, tokens), left_of_light(config, tokens)
-        return layers_that_keep(self.policy, sizes, tokens, reach, free, left, light)
+        return free, left_beside(free, config, tokens), left_of_light(config, tokens)
 
     @property
     def sizes(self) -> AttentionSizes:
@@ -150,10 +208,10 @@ class Activations:
         fused = fused if fused is not None and fused.untouched else None
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
         weights = sum(m.in_features * m.out_features for m in layer.modules() if isinstance(m, nn.Linear))
+        made = partial(AttentionSizes, len(self.layers), width, heads, weights, hidden=config.hidden_size)
         if fused is None:
-            return AttentionSizes(len(self.layers), width, heads, weights, width, whole=False)
-        numbers, rest = width + fused.attention.numbers, fused.rest
-        return AttentionSizes(len(self.layers), width, heads, weights, numbers, whole=True, rest=rest)
+            return made(width, whole=False)
+        return made(width + fused.attention.numbers, whole=True, rest=fused.rest)
 
 
 class _Checkpoint:
@@ -164,10 +222,9 @@ class _Checkpoint:
 
     def __call__(self, function: Any, *args: Any) -> Any:
         activations, options, keeper = self.activations, {}, None
-        keep: Keep = "input"
-        if self.index < activations.whole + activations.attending:
+        keep = activations.keeps(self.index)
+        if keep != "input":
             options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_attention)
-            keep = "all" if self.index < activations.whole else "attention"
         host, fused = activations.host, fused_layer(activations.layers[self.index])
         if host is not None and keep == "attention":
             keeper = host.keeper(self.index, args[0] if args and isinstance(args[0], Tensor) else None)

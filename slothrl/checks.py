@@ -26,7 +26,7 @@ MINIMA = {
     "max_completion_length": 1,
 }
 COUNTS = ("reward.score_samples", "packing.tokens_per_micro_batch", "dynamic_sampling.max_resamples")
-COUNTS += ("diagnosis.stop_after",)
+COUNTS += ("diagnosis.stop_after", "model.activation_gib")
 GENERATION = ("generation_batch_size", "steps_per_generation")
 CHOICES = {
     "model.quantization": ("auto", "nf4", "int8", "none"),
@@ -34,7 +34,7 @@ CHOICES = {
     "model.embeddings": ("auto", "device", "host"),
     "model.fuse": ("auto", "on", "off"),
     "model.graphs": ("auto", "on", "off"),
-    "model.activations": ("auto", "layer", "attention", "offload", "both"),
+    "model.activations": ("auto", "layer", "attention", "all", "offload", "both"),
     "rollout.engine": ("auto", "vllm", "transformers"),
     "rollout.share_base": ("auto", "always", "never"),
     "rollout.linear": ("auto", "slothrl", "vllm"),
@@ -154,7 +154,7 @@ def _ranges(config: Any) -> list[str]:
         if not abs(value) < float("inf"):  # NaN too
             found.append(f"reward.weights={list(config.reward.weights)}: {value} is no finite number")
     for key in COUNTS:
-        if (value := OmegaConf.select(config, key)) < 0:
+        if not 0 <= ((value := OmegaConf.select(config, key)) or 0) < float("inf"):
             found.append(f"{key}={value}: must be 0 or more")
     if not 0 <= (value := config.reward.max_failure_rate) <= 1:
         found.append(f"reward.max_failure_rate={value}: must be in [0, 1]")

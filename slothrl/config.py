@@ -30,6 +30,7 @@ class ModelConfig:
     fuse: str = "auto"  # fused layers (slothrl/fuse.py): auto (where Triton runs and it is no slower), on, off
     graphs: str = "auto"  # CUDA graphs of whole layers (slothrl/graphs.py): auto (where the GPU waits), on, off
     activations: str = "auto"  # what checkpointed layers keep: auto, layer, attention, all, offload, both
+    activation_gib: float | None = None  # GiB that layers which keep everything may take beside that, or at most
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 

@@ -45,8 +45,8 @@ class Route:
         checkpointing: layers are computed again in the backward.
         fused: through the layers of `slothrl.fuse`.
         offload: checkpointed layers' inputs wait in the host's memory.
-        whole: checkpointed layers that keep all of it (`slothrl.kept_attention`), the first ones.
-        attending: those after them that keep their attention too.
+        whole: checkpointed layers that keep all of it (`slothrl.kept_attention`), the last ones.
+        attending: those before them that keep their attention too.
     """
 
     width: int = 2
@@ -169,6 +169,22 @@ def layer_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
     return layer + backward_bytes(shape, batch, route.width, route.quantized)
 
 
+def kept_layer_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
+    """What the backward of a checkpointed layer that keeps all holds beside that, at its fullest, where kernels run:
+
+        3 e h              the output's gradient, the same beside its rank products, the MLP's norm made again; a token,
+                           and
+
+        e m T + e m h      the product's gradient, over which the product is written, and down's matrix unpacked; or
+        e h T + 2 e m h    the gradient of the MLP's norm, and those of gate and up
+
+    whose gradients are written over what was kept. No matrix is unpacked where the base is not quantised.
+    """
+    weight = shape.mlp * shape.hidden if route.quantized else 0
+    more = max(batch.tokens * shape.mlp + weight, batch.tokens * shape.hidden + 2 * weight)
+    return route.width * (3 * batch.tokens * shape.hidden + more)
+
+
 def whole_layers(shape: Shape, fused: bool) -> bool:
     """Whether fusing makes each layer one step of autograd: one of two or four norms (`slothrl.fuse_layer_find`)."""
     return fused and shape.norms in (2, 4)
@@ -192,25 +208,22 @@ def rest_numbers(shape: Shape) -> int:
 def kept_attention_bytes(shape: Shape, batch: MicroBatch, route: Route) -> int:
     """`attention_numbers` in e bytes and the log-sum-exp in float32, 4 heads, a token of each layer that keeps them;
     e x `rest_numbers` of those that keep all.
-
-    While the last layer is computed again, what it kept itself is not made once more: of all layers one less is counted
-    then, which `layer_peak` has.
     """
-    attending = route.whole + route.attending
-    attending -= route.attending > 0 and attending == shape.layers
     per_token = route.width * attention_numbers(shape, route.fused) + 4 * shape.heads
-    return batch.tokens * (attending * per_token + route.whole * route.width * rest_numbers(shape))
+    rest = route.width * rest_numbers(shape)
+    return batch.tokens * ((route.whole + route.attending) * per_token + route.whole * rest)
 
 
 def activation_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
     """The most that forward and backward of one micro-batch hold beside weights, gradients and optimizer state.
 
-    With checkpointing every layer keeps its input, L e h a token (with `offload` two layers at a time do), some their
-    attention (`kept_attention_bytes`), and one layer at a time is computed again. The peak is in that layer's backward,
-    or at the head:
+    With checkpointing every layer keeps its input, L e h a token (with `offload` two layers at a time do, and none
+    while several that keep all are worked on), some their attention (`kept_attention_bytes`), and one layer at a time
+    is computed again. The peak is in that layer's backward, or at the head:
 
         forward    L e h T + 4 h T + e h T + head + e x LoRA (autocast's copies)
-        backward   L e h T + the layer's peak, or the backward of an MLP whose gate and up were kept
+        backward   L e h T + the layer's peak, when those that keep all have given theirs back, or the backward of one
+                   of these (`kept_layer_peak`)
 
     Without it all layers keep everything, and the peak is at the head or in the final norm's backward:
 
@@ -224,19 +237,39 @@ def activation_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
     states = batch.tokens * width * shape.hidden
     copies = width * shape.adapter if width < 4 else 0
     if route.checkpointing:
-        kept = (min(shape.layers, 2) if route.offload else shape.layers) * states
-        kept += kept_attention_bytes(shape, batch, route)
+        others = shape.layers - route.whole
+        # The others, when those that keep all are done. What a layer kept is not made once more: `layer_peak` has it.
+        beside = replace(route, whole=0, attending=max(0, route.attending - (not route.offload)))
+        later = (min(others, 2) if route.offload else others) * states + kept_attention_bytes(shape, batch, beside)
+        kept = _kept_at_head(shape, batch, route, states)
         peaks = [kept + 4 * batch.tokens * shape.hidden + states + head + copies]
-        if route.whole:  # by then the layers after them have given theirs back
-            first = route.whole * states + kept_attention_bytes(shape, batch, replace(route, attending=0))
-            peaks.append(first + fused_mlp_bytes(shape, batch, width, route.quantized, kept=True))
-        peaks += [kept + layer_peak(shape, batch, route)] if route.whole < shape.layers else []
+        peaks += (
+            [kept + _coming_back(shape, batch, route) + kept_layer_peak(shape, batch, route)] if route.whole else []
+        )
+        peaks += [later + layer_peak(shape, batch, route)] if others else []
         return max(peaks) + batch.mask_cells
     layer, last = _whole_layer(shape, batch, route)
     kept = shape.layers * layer
     # A mask is made additive once a layer, and every layer keeps its own.
     peaks = [kept + states + head + copies, kept + copies + last_norm_bytes(shape, batch, width)]
     return max(*peaks, kept + copies + last) + batch.mask_cells
+
+
+def _kept_at_head(shape: Shape, batch: MicroBatch, route: Route, states: int) -> int:
+    """What checkpointed layers have kept on the device when the forward is over."""
+    if route.offload and route.whole:  # what the others keep has left
+        return route.whole * states + kept_attention_bytes(shape, batch, replace(route, attending=0))
+    return (min(shape.layers, 2) if route.offload else shape.layers) * states + kept_attention_bytes(
+        shape, batch, route
+    )
+
+
+def _coming_back(shape: Shape, batch: MicroBatch, route: Route) -> int:
+    """What another layer's backward begins with, while the only one that keeps all works: its input, and attention's
+    output. Where several keep all, others have given theirs back by then."""
+    if not route.offload or route.whole != 1:
+        return 0
+    return batch.tokens * route.width * (shape.hidden + (shape.query if route.attending else 0))
 
 
 def _whole_layer(shape: Shape, batch: MicroBatch, route: Route) -> tuple[int, int]:

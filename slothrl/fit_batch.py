@@ -12,6 +12,7 @@ from slothrl.kept_attention import (
     KEEPING,
     AttentionSizes,
     in_host,
+    layers_on_a_cpu,
     layers_that_keep,
     reserved_bytes,
 )
@@ -66,7 +67,8 @@ def budget(shape: Shape, settings: Settings, free: int) -> int:
     if not settings.checkpointing:
         return tokens
     each = bytes_per_token(config, 2, checkpointing=True)
-    kept = reserved_bytes(settings.activations, sizes(shape, settings), tokens, free, each)
+    given = (each, settings.within, left_beside(free, config, 0))
+    kept = reserved_bytes(settings.activations, sizes(shape, settings), tokens, free, *given)
     return tokens_that_fit(free, config, True, kept)
 
 
@@ -77,16 +79,16 @@ def keeping_layers(shape: Shape, batch: MicroBatch, settings: Settings, free: in
     Args:
         free: as in `micro_batch`.
     """
-    if not settings.checkpointing or settings.activations not in KEEPING:
+    policy, within = settings.activations, settings.within
+    if not settings.checkpointing or (policy not in KEEPING and within is None):
         return 0, 0
-    config, policy, found = text_config(shape), settings.activations, sizes(shape, settings)
+    config, found = text_config(shape), sizes(shape, settings)
     if not settings.cuda:
-        whole = shape.layers if policy == "all" and found.whole else 0
-        return whole, 0 if policy == "auto" else shape.layers - whole
-    if in_host(policy, found):
-        return 0, min(2, shape.layers)  # on the device at a time
+        return layers_on_a_cpu(policy, found, batch.tokens, within)
     left, light = left_beside(free, config, batch.tokens), left_of_light(config, batch.tokens)
-    return layers_that_keep(policy, found, batch.tokens, settings.length, free, left, light)
+    given = (policy, found, batch.tokens, settings.length, free, left, light)
+    whole, attending = layers_that_keep(*given, within=within)
+    return whole, min(2, shape.layers - whole) if in_host(policy, found) else attending  # on the device at a time
 
 
 def sizes(shape: Shape, settings: Settings) -> AttentionSizes:
@@ -94,7 +96,7 @@ def sizes(shape: Shape, settings: Settings) -> AttentionSizes:
     weights, numbers = shape.packed // shape.layers, attention_numbers(shape, settings.fused)
     whole = whole_layers(shape, settings.fused)
     rest = rest_numbers(shape) if whole else 0
-    return AttentionSizes(shape.layers, shape.query, shape.heads, weights, numbers, whole, rest)
+    return AttentionSizes(shape.layers, shape.query, shape.heads, weights, numbers, whole, rest, shape.hidden)
 
 
 def text_config(shape: Shape) -> SimpleNamespace:

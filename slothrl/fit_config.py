@@ -92,6 +92,7 @@ def settings_of(
         fused=config.model.fuse == "on" or (cuda and config.model.fuse == "auto"),
         layer_graphs=cuda and config.model.graphs == "on",
         activations=config.model.activations,
+        within=None if config.model.activation_gib is None else int(config.model.activation_gib * GIB),
         optimizer=str(value(config, "optim") or DEFAULT_OPTIMIZER),
         shared=rollout.share_base != "never" and quantization != "int8" and _one_dtype(config),
         sleep=rollout.sleep,

@@ -48,6 +48,7 @@ class Settings:
         fused: the trainer's layers are fused (`model.fuse`).
         layer_graphs: fused layers run by CUDA graphs (`model.graphs=on`; "auto" takes only what it finds free).
         activations: what checkpointed layers keep (`model.activations`).
+        within: bytes that those which keep everything may take (`model.activation_gib`), or None.
         shared: vLLM and the trainer hold one base.
         embeddings: where the trainer's input embeddings lie (`model.embeddings`).
         sleep: vLLM's cache is not there while the trainer works.
@@ -74,6 +75,7 @@ class Settings:
     fused: bool = False
     layer_graphs: bool = False
     activations: str = "layer"
+    within: int | None = None
     optimizer: str = "adamw_torch_fused"
     shared: bool = True
     embeddings: str = "device"

@@ -29,7 +29,8 @@ class HostMemory:
     Backward: whoever asks for layer i's input has layer i - 1's fetched at the same time. Where a layer has more than
     that, q, k and v come while its MLP is worked on, which does not need them, and what the layer below begins with
     comes while they are: memory is fullest in the MLP.
-    Bits do not change. The last layer's stays: the backward begins with it.
+    Bits do not change. The last layer's stays: the backward begins with it. So do those of all `staying` last layers,
+    which keep everything on the device; with the first of them that is asked for the one before comes back.
 
     Args:
         layers: how many there are.
@@ -44,6 +45,7 @@ class HostMemory:
         streams: Callable[[torch.device], CopyStreams | None] = copy_streams,
     ) -> None:
         self.layers, self.smallest = layers, smallest
+        self.staying = 1  # of the last layers, in this forward
         self.waiting: Waiting = {}
         self._streams = streams
         self._pools: dict[torch.device, PinnedPool | None] = {}

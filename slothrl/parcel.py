@@ -56,7 +56,7 @@ class Parcel:
         if not self.tensors:
             return
         self.waiting.setdefault(self.index, []).append(ref(self))
-        if self.index == self.host.layers - 1:
+        if self.index >= self.host.layers - self.host.staying:
             return
         self.pool = self.host.pool(self.tensors[0].device)
         if self.pool is None:

@@ -163,11 +163,13 @@ def _start(prepared: Prepared, arguments, base: Base, output_dir: Path, console:
     wish, cuda = prepared.config.model.embeddings, prepared.config.gpu.device == "cuda"
     moved = move_embeddings(trainer.model, wish, base.shared is not None) if cuda or wish == "host" else []
     fused = fuse_as_asked(trainer.model, prepared.config.model.fuse, prepared.config.gpu.device)
+    wanted = prepared.config.model
     if arguments.gradient_checkpointing:
-        fused += keep_activations(trainer.model, prepared.config.model.activations)
-    elif (policy := prepared.config.model.activations) != "auto":
-        kept = f"all of them: model.activations={policy} is for trainer.gradient_checkpointing=true"
-        fused += [("activations", kept)]
+        fused += keep_activations(trainer.model, wanted.activations, wanted.activation_gib)
+    elif wanted.activations != "auto" or wanted.activation_gib is not None:
+        asked = f"activation_gib={wanted.activation_gib}" if wanted.activations == "auto" else ""
+        asked = asked or f"activations={wanted.activations}"
+        fused += [("activations", f"all of them: model.{asked} is for trainer.gradient_checkpointing=true")]
     if prepared.config.gpu.device == "cuda":
         vllm = prepared.engine.name == "vllm"
         fused += graph_layers(trainer.model, prepared.config.model.graphs, beside_vllm=vllm)

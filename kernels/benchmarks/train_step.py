@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=7)
     policies = ["auto", "layer", "attention", "all", "offload", "both"]
     parser.add_argument("--activations", default="auto", choices=policies, help="model.activations of slothrl")
+    parser.add_argument("--activation-gib", type=float, help="model.activation_gib of slothrl")
     parser.add_argument("--arms", help=f"of {','.join(ARMS)}; default: slothrl,graphs,peft, unsloth if installed")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     places = ["device", "host"]
@@ -63,7 +64,9 @@ def main() -> int:
 
 def compare(arms: list[str], arguments: argparse.Namespace) -> int:
     shape = f"{arguments.shape} shape, {arguments.batch} x {arguments.length} tokens"
-    print(f"### SFT step, {shape}, nf4, LoRA r=16\n", flush=True)
+    ours = f"slothrl with model.activations={arguments.activations}"
+    ours += "" if arguments.activation_gib is None else f" and model.activation_gib={arguments.activation_gib:g}"
+    print(f"### SFT step, {shape}, nf4, LoRA r=16, {ours}\n", flush=True)
     results: dict[str, Any] = {}
     wrong = []
     for arm in arms:
@@ -189,7 +192,7 @@ def prepare_ours(arguments: argparse.Namespace) -> tuple[Any, Callable, str]:
     base = random_model(arguments.shape, arguments.device, arguments.length)
     model: Any = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, task_type="CAUSAL_LM"))
     randomize_adapter(model)
-    ours, policy = arguments.arm in ("slothrl", "graphs", "auto"), arguments.activations
+    ours, kept = arguments.arm in ("slothrl", "graphs", "auto"), (arguments.activations, arguments.activation_gib)
     base.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     model.train()
@@ -205,7 +208,7 @@ def prepare_ours(arguments: argparse.Namespace) -> tuple[Any, Callable, str]:
         from slothrl.fuse import fuse
         from slothrl.graphs import graph_layers
 
-        rows = fuse(model).rows() + keep_activations(model, policy)
+        rows = fuse(model).rows() + keep_activations(model, *kept)
         rows += graph_layers(model, {"slothrl": "off", "graphs": "on"}.get(arguments.arm, "auto"))
         note = "; ".join(f"{what} {how}".strip() for what, how in (*moved, *rows))
     return model, lambda ids: streamed_loss(model, ids), note

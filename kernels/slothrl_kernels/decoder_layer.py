@@ -115,12 +115,10 @@ def _backward(x: Tensor, to_y: Tensor, parts: LayerParts, kept: _Kept) -> tuple[
     shape, x = x.shape, x.reshape(-1, x.size(-1))
     values = kept.adapters or adapter_values(parts.groups, x)
     gradients = AdapterGradients(parts.groups, x)
-    normed = _normed(x, parts.first, parts.qkv, values[0], parts)
-    if kept.attended is None:
+    normed, attended = None, kept.attended
+    if attended is None:
+        normed = _normed(x, parts.first, parts.qkv, values[0], parts)
         attended = attend(normed.group.forward(normed.both, _holds(x)), shape, parts, watched=True)
-    else:
-        normed.group.shrink_into(normed.both)
-        attended = kept.attended
     onto, rows = LoraOnto(parts.o, values[1], x, parts.impl), attended.rows
     if kept.u is None:
         (u, of_o), shrunk = _onto_residual(onto, rows, x, parts)
@@ -133,6 +131,9 @@ def _backward(x: Tensor, to_y: Tensor, parts: LayerParts, kept: _Kept) -> tuple[
     to_rows = onto.input_gradient(to_o)
     onto.parameter_gradients(rows, shrunk, to_o, gradients.found[1])
     del rows, shrunk, of_o, to_o
+    if normed is None:  # no sooner: memory is fullest in the MLP
+        normed = _normed(x, parts.first, parts.qkv, values[0], parts)
+        normed.group.shrink_into(normed.both)
     upstream = normed.group.upstream(x.size(0))
     attend_backward(to_rows, attended, shape, parts, upstream[:, : normed.group.outputs])
     del to_rows, attended

@@ -28,15 +28,15 @@ def test_every_arm_of_a_step_trains_the_same(benchmarks):
     results = {}
     for arm in ("slothrl", "unfused", "peft"):
         options = Namespace(
-            arm=arm, shape="tiny", batch=2, length=24, steps=1, device="cpu", activations="attention",
-            embeddings="host", profile=False,
+            arm=arm, shape="tiny", batch=2, length=24, steps=1, device="cpu", profile=False, embeddings="host",
+            activations="attention", activation_gib=0.01,
         )  # fmt: skip
         results[arm] = train_step.run_arm(options)
     losses, norms = ([r[key] for r in results.values()] for key in ("loss", "grad_norm"))
     assert results["slothrl"]["note"].startswith("embeddings on the device: there is no GPU; ")
     assert losses == pytest.approx([losses[0]] * 3, rel=train_step.LOSS_TOLERANCE) and 6 < losses[0] < 8
     assert norms == pytest.approx([norms[0]] * 3, rel=train_step.NORM_TOLERANCE) and norms[0] > 1e-4
-    assert "2 gated MLP" in results["slothrl"]["note"]
+    assert "2 gated MLP" in results["slothrl"]["note"] and "fit into 0.01 GiB" in results["slothrl"]["note"]
 
 
 def test_layers_agree_with_peft_in_every_layout(benchmarks):

@@ -128,8 +128,12 @@ def test_sft(work, tiny_folders, capsys):
     assert "embeddings on the device: there is no GPU" in said
 
 
-def test_sft_without_a_reward_measures_the_loss(work, tiny_folders):
-    assert main(tiny(tiny_folders["tiny"], "algo=sft", "reward=none", "output_dir=run")) == 0
+def test_sft_without_a_reward_measures_the_loss(work, tiny_folders, capsys):
+    arguments = ["algo=sft", "reward=none", "output_dir=run", "trainer.gradient_checkpointing=true"]
+    arguments += ["model.fuse=on", "model.activations=layer", "model.activation_gib=0.5"]
+    assert main(tiny(tiny_folders["tiny"], *arguments)) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "layer inputs; everything of as many of the last layers as fit into 0.5 GiB" in said
     summary = assert_run(work / "run", "eval_loss", 2, "loss_curve.png")
     losses = [line["eval_loss"] for line in lines(work / "run" / "held_out.jsonl")]
     assert losses == [summary["before"], summary["after"]]

@@ -76,6 +76,8 @@ def test_a_command_misspelt():
         ("trainer.epsilon=-0.1", "trainer.epsilon=-0.1: must be 0 or more"),
         ("trainer.num_train_epochs=nan", "trainer.num_train_epochs=nan: must be over 0"),
         ("rollout.engine=vlm", "rollout.engine=vlm: must be one of auto, vllm, transformers"),
+        ("model.activation_gib=-1", "model.activation_gib=-1.0: must be 0 or more"),
+        ("model.activation_gib=nan", "model.activation_gib=nan: must be 0 or more"),
         ("model.quantization=int4", "model.quantization=int4: must be one of auto, nf4, int8, none"),
         ("trainer.scale_rewards=std", "trainer.scale_rewards=std: must be one of group, batch, none, True, False"),
         ("data.format=chatml", "data.format must be one of auto, chat, plain; not 'chatml'"),

@@ -33,6 +33,7 @@ def test_packs_and_layers():
     assert (found.completions, found.group, found.fused, found.activations) == (64, 8, True, "auto")
     assert not settings("packing=off").packs and not settings("algo=sft").packs
     assert settings("model.fuse=auto", "model.activations=offload").route.offload and not found.route.offload
+    assert found.within is None and settings("model.activations=all", "model.activation_gib=1.5").within == 3 << 29
     assert settings("model.fuse=auto").fused and settings().fused and not settings("model.fuse=off").fused
 
 

@@ -7,20 +7,28 @@ import psutil
 import pytest
 from test_fit import shape
 
-from slothrl.fit_activations import MicroBatch, Route, activation_peak, kept_attention_bytes
+from slothrl.fit_activations import (
+    MicroBatch,
+    Route,
+    activation_peak,
+    head_bytes,
+    kept_attention_bytes,
+    kept_layer_peak,
+)
 from slothrl.fit_batch import keeping_layers, sizes, text_config
 from slothrl.fit_constants import card_bytes
 from slothrl.fit_memory import Settings, largest_micro_batch, predict
 from slothrl.fit_terms import adapter_bytes
 from slothrl.host_memory import free_of_host
 from slothrl.kept_attention import AttentionSizes, layers_that_keep, reserved_bytes
+from slothrl.memory_phases import TEMPORARY
 from slothrl.token_bytes import bytes_per_token, left_beside, left_of_light, tokens_that_fit
 from tests.gpu.fit_models import config_of
 from tests.traced import traced_peak
 
 GB = 10**9
 # Llama-3-8B: 218M weights a layer; fused it keeps 4,096 of the output and 6,144 of q, k and v.
-MODULES = AttentionSizes(32, 4096, 32, 218_103_808, 4096, whole=False)
+MODULES = AttentionSizes(32, 4096, 32, 218_103_808, 4096, whole=False, hidden=4096)
 WHOLE = replace(MODULES, numbers=10_240, whole=True, rest=32_768)  # h, and gate and up of 14,336
 
 
@@ -111,6 +119,11 @@ def test_what_auto_keeps_lowers_no_budget(llama):
     assert left_of_light(config, 20_983) == 0
 
 
+def at_head(llama, batch, kept):
+    """The states, once in float32, and the head's; the LoRA in 16 bits."""
+    return kept + batch.tokens * 6 * 4096 + head_bytes(llama, batch, 2) + 2 * llama.adapter
+
+
 def test_fit_decides_as_the_trainer_does(llama):
     settings = Settings(completions=8, prompt=504, completion=1024, engine="transformers", fused=True)
     assert sizes(llama, settings) == WHOLE
@@ -123,9 +136,10 @@ def test_fit_decides_as_the_trainer_does(llama):
     assert keeping_layers(llama, batch, auto, 70 * GB) == (1, 31)
     assert keeping_layers(llama, batch, replace(auto, cuda=False), 70 * GB) == (0, 0)
     assert keeping_layers(llama, batch, replace(auto, checkpointing=False), 70 * GB) == (0, 0)
-    more = predict(llama, auto, total)[-1].total - predict(llama, settings, total)[-1].total
-    # The last layer's attention is there while it is computed again; one of 32 keeps the rest too.
-    assert more == batch.tokens * (31 * WHOLE.bytes + 2 * WHOLE.rest)
+    # Fullest at the head: of 32 layers attention is kept, of one the rest too.
+    kept = batch.tokens * (32 * 8192 + 32 * WHOLE.bytes + 2 * WHOLE.rest)
+    worked = kept_layer_peak(llama, batch, Route(fused=True))
+    assert predict(llama, auto, total)[-1].parts[TEMPORARY] == at_head(llama, batch, kept) > kept + worked
     # Half of what is free for what was asked for, which then is missing for tokens.
     small = card_bytes(12)
     asked = replace(settings, activations="attention")
@@ -157,7 +171,8 @@ def test_fit_counts_all_of_a_layer(llama):
     assert peaks[0] < peaks[1] < peaks[2]
     without = activation_peak(llama, batch, Route(fused=True, checkpointing=False))
     assert peaks[2] == pytest.approx(without, rel=0.02)
-    assert peaks[1] - peaks[0] == 4096 * (9 * WHOLE.all_bytes + WHOLE.bytes)
+    assert peaks[1] == at_head(llama, batch, 4096 * (32 * 8192 + 9 * WHOLE.all_bytes + WHOLE.bytes))
+    assert kept_layer_peak(llama, batch, Route(fused=True)) == 2 * 4096 * (3 * 4096 + 4096 + 2 * 14_336)
 
 
 def test_some_layers_and_norms_of_heads(llama):

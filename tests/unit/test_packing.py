@@ -12,7 +12,7 @@ from slothrl.fuse import fuse
 from slothrl.packed_batch import build_pack, rows_to_pack
 from slothrl.packing import Block, Row, plan_micro_batches, sharing_pays, useful_tokens
 from slothrl.token_budget import token_budget
-from slothrl.token_bytes import bytes_per_token, bytes_to_come, tokens_that_fit
+from slothrl.token_bytes import bytes_per_token, bytes_to_come, left_beside, tokens_that_fit
 from tests.helpers import tiny_model
 
 
@@ -177,6 +177,13 @@ def test_what_is_kept_of_attention_is_counted_by_the_policy():
     fuse(model)
     keep_activations(model, "attention")  # a layer that is one step keeps q, k and v too: 4 and 2 x 2 heads of 16
     assert reserved_for_attention(model, 1000, 1 << 30) == 2 * (2 * (64 + 64 + 2 * 32) + 4 * 4)
+    keep_activations(model, "layer", gib=0.25)  # of 0.8 GiB less logits: a third of a token's bytes more, or the most
+    each, usable = bytes_per_token(model.config, 2, True), left_beside(1 << 30, model.config, 0)
+    most = vars(model)["_slothrl_activations"].sizes.all_bytes * 2
+    wanted = int((1 << 28) * each / (usable - (1 << 28)))
+    assert reserved_for_attention(model, 1000, 1 << 30) == wanted < most
+    keep_activations(model, "layer", gib=0.7)
+    assert reserved_for_attention(model, 1000, 1 << 30) == most
 
 
 def test_long_completions_stay_under_16_gb_beyond_the_cache():
