@@ -104,7 +104,8 @@ def main() -> int:
     bench = Bench(given)
     name = torch.cuda.get_device_name() if bench.cuda else "CPU"
     print(f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; {given.shape}, ", end="")
-    print(f"{given.batch} x {given.length} tokens, model.activations={given.activations}, model.embeddings={given.embeddings}\n")
+    print(f"{given.batch} x {given.length} tokens, model.activations={given.activations}, ", end="")
+    print(f"model.embeddings={given.embeddings}\n")
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
     wrong = table(bench)
     print(f"\nwrong: {', '.join(wrong)}" if wrong else "\nequal loss and an equal gradient norm in every arm")
