@@ -59,6 +59,7 @@ class LayerGraphs:
         self._own: dict[tuple, dict[Any, Own]] = {}  # of every layer that keeps all, by the frame's key
         self._arrived: Counter[tuple] = Counter()
         self._watched: Any = None
+        self._recording_now = False  # some layer was recorded since the first one's last turn
         self._moves = self._given_up = 0
 
     def __deepcopy__(self, memo: dict) -> LayerGraphs:
@@ -69,6 +70,9 @@ class LayerGraphs:
         """`decoder_layer(x, parts, save)`: by a recording of `layer`, or by `eager`."""
         rows, whole = bucket(x.size(0) * x.size(1)), parts.keep == "all"  # keeping attention changes no step
         kind = (rows, whole, x.dtype)
+        if self._recording_now and layer is self._watched:
+            self.recorder.end()
+            self._recording_now = False
         if not torch.is_grad_enabled() and kind not in self.recorded:
             kind = (rows, not whole, x.dtype)  # forward they are the same
         recorded = self._recording(layer, kind, x, parts)
@@ -171,6 +175,7 @@ class LayerGraphs:
             self.recorded.popitem(last=False)
             self._given_up += 1
         self.recorded.setdefault(kind, {})[layer] = made
+        self._recording_now = True
         return made
 
     def _frame(self, rows: int, x: Tensor, parts: LayerParts) -> Frame:

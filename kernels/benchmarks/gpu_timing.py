@@ -94,7 +94,7 @@ def captured(call: Callable[[], Any], right: Callable[[Any], bool]) -> Callable[
     if not right(results):
         raise RuntimeError("a replay does not give the call's results")
 
-    def again(held: CudaGraphs = recorder) -> None:  # its pool is the recording's memory
+    def again(held: tuple = (recorder, run)) -> None:  # the recording's own memory, and what it reads
         replay()
 
     return again

@@ -237,7 +237,8 @@ def unsloth_row(shape: str, tokens: int) -> list[str]:
     gradients = [torch.randn(1, tokens, sizes[key][1], device="cuda").bfloat16() for key in ("q", "k", "v")]
     parameters = [p for p in model.parameters() if p.requires_grad]
     inner = model.base_model.model
-    call = step_of(lambda x: list(kernels.apply_lora_qkv(inner, x)), x, parameters, gradients)
+    # inplace=False: else dx is written over x, and the next call has another input
+    call = step_of(lambda x: list(kernels.apply_lora_qkv(inner, x, inplace=False)), x, parameters, gradients)
     expected = step_of(model, x, parameters, gradients)()
     if not agrees(call(), expected):
         return [f"q, k, v, {shape}", "WRONG"]

@@ -29,6 +29,10 @@ class Recorder(Protocol):
         """Run `call`, and return what does the same to the same memory again."""
         ...
 
+    def end(self) -> None:
+        """Called when no recording is about to follow."""
+        ...
+
     def close(self) -> None:
         """Called when no recording is used any more."""
         ...
@@ -48,6 +52,9 @@ class Rerun:
     def record(self, call: Callable[[], None]) -> Replay:
         call()
         return call
+
+    def end(self) -> None:
+        return
 
     def close(self) -> None:
         return
@@ -93,6 +100,9 @@ class CudaGraphs:
             self._end(graph)
         self.nbytes += max(0, torch.cuda.memory_reserved(self._stream.device) - before)
         return graph.replay
+
+    def end(self) -> None:
+        torch.cuda.empty_cache()  # what layers took before they were recorded, the driver has again
 
     def _nothing(self) -> None:
         torch.zeros(1, device=self._stream.device)

@@ -3,7 +3,8 @@
 The SFT step of `python -m slothrl bench step` (8B, 2 x 2,048 tokens) with `model.activations=both` and `activation_gib`
 from none to 1.6, eagerly and with the other layers by CUDA graphs, over one model. Milliseconds: median of 7, with the
 optimizer, whose learning rate is 0. Whole: layers that keep everything. Peak: of what is allocated, model included, and
-by how much more than without. An arm whose loss or gradient norm is not the first one's fails the command.
+by how much more than without; reserved: of what torch took from the driver, recordings included. An arm whose loss or
+gradient norm is not the first one's fails the command.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "kernels" / "benchmarks"))
 import train_step  # noqa: E402
 
 WARM_UP, STEPS = ARRIVALS + 3, 7
-COLUMNS = ("graphs", "activation_gib", "whole", "ms", "peak GiB", "more MiB", "loss", "gradient norm")
+COLUMNS = ("graphs", "activation_gib", "whole", "ms", "peak GiB", "more MiB", "reserved", "loss", "gradient norm")
 
 
 def arguments() -> argparse.Namespace:
@@ -68,6 +69,7 @@ class Bench:
             self.step()
         loss = self.step(lambda: norms.append(train_step.grad_norm(self.model)))
         if self.cuda:
+            torch.cuda.empty_cache()  # what another arm needed
             torch.cuda.reset_peak_memory_stats()
         times = []
         for _ in range(STEPS):
@@ -89,7 +91,9 @@ def table(bench: Bench) -> list[str]:
             kept = vars(bench.model).get("_slothrl_activations")
             without, first = peak if without is None else without, first or (loss, norm)
             cells = [wish, "" if gib is None else f"{gib:g}", f"{0 if kept is None else kept.whole}", f"{ms:.1f}"]
-            cells += [f"{peak / 2**30:.2f}", f"{(peak - without) / 2**20:.0f}", f"{loss:.4f}", f"{norm:.4f}"]
+            held = torch.cuda.max_memory_reserved() if bench.cuda else 0
+            cells += [f"{peak / 2**30:.2f}", f"{(peak - without) / 2**20:.0f}", f"{held / 2**30:.2f}"]
+            cells += [f"{loss:.4f}", f"{norm:.4f}"]
             print("| " + " | ".join(cells) + " |", flush=True)
             same = abs(loss - first[0]) <= train_step.LOSS_TOLERANCE * abs(first[0])
             if not same or not abs(norm - first[1]) <= train_step.NORM_TOLERANCE * first[1]:

@@ -102,8 +102,7 @@ def test_a_model_by_graphs(shape, policy):
     assert graphs is not None and not graphs.stopped and len(graphs.recorded) == 1
     assert [len(layers) for layers in graphs.recorded.values()] == [2 if shape.startswith("8b") else 4]
     assert graphs.nbytes > 2048 * model.config.hidden_size * 2
-    large = shape.startswith("8b") and policy != "no checkpoints"
-    assert [frame.open for frame in graphs._frames.values()] == [large]
+    assert [frame.open for frame in graphs._frames.values()] == [False]  # 2,048 tokens are few (`OPEN`)
 
 
 def test_several_sizes_accumulated_over_updates():

@@ -53,7 +53,10 @@ def test_time(case, capsys):
     outputs, found = sum(sizes), torch.empty(sum(sizes) * 16, dtype=torch.bfloat16, device="cuda")
     found = [x.view(-1, 16) for x in found.split([n * 16 for n in sizes])]
     given = (wide[:, :outputs], xa, sizes, b, wide[:, outputs:], found)
-    ours, theirs = (graphed_ms(lambda f=f: f(*given)) for f in (lora_pass, lora_pass_reference))
+    times: dict = {lora_pass: [], lora_pass_reference: []}
+    for f in 3 * (lora_pass, lora_pass_reference):  # a card that did nothing begins slowly
+        times[f].append(graphed_ms(lambda f=f: f(*given)))
+    ours, theirs = (min(times[f]) for f in (lora_pass, lora_pass_reference))
     with capsys.disabled():
         print(f"\nRESULT dy B and dB, {case}, {tokens} tokens: {1e3 * ours:.1f} us, by GEMMs {1e3 * theirs:.1f}")
     assert not wide[:, : outputs + 16 * len(sizes)].isnan().any()
