@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from slothrl_kernels.layer_mlp import columns_of
+from slothrl_kernels.layer_mlp import TILE, columns_of
 
 from slothrl.fit_shape import Shape
 from slothrl.token_bytes import logit_rows
@@ -47,6 +47,7 @@ class Route:
         offload: checkpointed layers' inputs wait in the host's memory.
         whole: checkpointed layers that keep all of it (`slothrl.kept_attention`), the last ones.
         attending: those before them that keep their attention too.
+        tile: bytes of gate and up that a fused MLP works on at a time (`slothrl_kernels.layer_mlp`).
     """
 
     width: int = 2
@@ -56,6 +57,7 @@ class Route:
     offload: bool = False
     whole: int = 0
     attending: int = 0
+    tile: int = TILE
 
 
 def layer_bytes(shape: Shape, batch: MicroBatch, width: int, quantized: bool) -> int:
@@ -138,7 +140,9 @@ def fused_layer_bytes(shape: Shape, batch: MicroBatch, width: int) -> int:
     return batch.tokens * per_token + width * batch.mask_cells
 
 
-def fused_mlp_bytes(shape: Shape, batch: MicroBatch, width: int, quantized: bool, kept: bool = False) -> int:
+def fused_mlp_bytes(
+    shape: Shape, batch: MicroBatch, width: int, quantized: bool, kept: bool = False, tile: int = TILE
+) -> int:
     """The backward of a fused MLP at its fullest (`lora_mlp`): gate and up, which their gradients overwrite, and the
     product's gradient, 3 e m; the gradients that come in and leave, one of them beside its rank products, 2 e h; a
     token. And the largest matrix unpacked, e n.
@@ -148,7 +152,7 @@ def fused_mlp_bytes(shape: Shape, batch: MicroBatch, width: int, quantized: bool
     columns of all three matrices, 3 e t h. Not where gate and up were `kept`, nor where a norm follows: it needs them.
     """
     whole = kept or not quantized or shape.norms != 2
-    columns = shape.mlp if whole else columns_of(batch.tokens, shape.mlp, width)
+    columns = shape.mlp if whole else columns_of(batch.tokens, shape.mlp, width, tile)
     if columns < shape.mlp:
         return width * (batch.tokens * 3 * (columns + shape.hidden) + 3 * columns * shape.hidden)
     unpacked = width * shape.largest if quantized else 0
@@ -163,7 +167,7 @@ def layer_peak(shape: Shape, batch: MicroBatch, route: Route) -> int:
     GRPO update of 17,376 tokens took 2.9 GB more, which nothing here explains yet (2026-11-22).
     """
     if route.fused:
-        mlp = fused_mlp_bytes(shape, batch, route.width, route.quantized)
+        mlp = fused_mlp_bytes(shape, batch, route.width, route.quantized, tile=route.tile)
         return fused_layer_bytes(shape, batch, route.width) + mlp
     layer = layer_bytes(shape, batch, route.width, route.quantized)
     return layer + backward_bytes(shape, batch, route.width, route.quantized)

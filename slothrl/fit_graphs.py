@@ -26,7 +26,7 @@ def graphed_bytes(shape: Shape, batch: MicroBatch, route: Route) -> int:
         frame = kept_frame_bytes(shape, batch, route)
     elif shape.norms != 4 and batch.tokens * h**2 >= OPEN:
         frame = open_frame_bytes(shape, batch, route)
-    return frame + fused_mlp_bytes(shape, batch, route.width, route.quantized)
+    return frame + fused_mlp_bytes(shape, batch, route.width, route.quantized, tile=route.tile)
 
 
 def kept_frame_bytes(shape: Shape, batch: MicroBatch, route: Route) -> int:

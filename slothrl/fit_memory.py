@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from slothrl_kernels.layer_mlp import tile_bytes
+
 from slothrl.fit_activations import MicroBatch, Route, activation_peak, layer_peak, whole_layers
 from slothrl.fit_batch import keeping_layers, micro_batch
 from slothrl.fit_constants import GIB, constant
@@ -164,13 +166,14 @@ def update(shape: Shape, settings: Settings, total: int) -> PhasePrediction:
         parts[CACHE] = cache(shape, settings, total)
     batch, free = largest_micro_batch(shape, settings, total), free_for_update(shape, settings, total)
     whole, attending = keeping_layers(shape, batch, settings, free)
-    route = replace(settings.route, whole=whole, attending=attending)
+    tile = tile_bytes(total if settings.cuda else 0)
+    route = replace(settings.route, whole=whole, attending=attending, tile=tile)
     parts[TEMPORARY] = activation_peak(shape, batch, route)
     if settings.layer_graphs and whole_layers(shape, settings.fused):
         parts[LAYER_GRAPHS] = graphed_bytes(shape, batch, route)
     parts[REST] = around(shape, settings)
     if settings.cuda:
-        parts[REST] += fragments(shape, batch, settings)
+        parts[REST] += fragments(shape, batch, route)
     return PhasePrediction("update", parts)
 
 
@@ -187,13 +190,13 @@ def free_for_update(shape: Shape, settings: Settings, total: int) -> int:
     return max(free, 0)
 
 
-def fragments(shape: Shape, batch: MicroBatch, settings: Settings) -> int:
+def fragments(shape: Shape, batch: MicroBatch, route: Route) -> int:
     """What torch's allocator keeps reserved beside the most it allocated: blocks that fit nothing that is asked for.
 
     `fragments_least`, and `fragments` of what one layer holds in its backward: what comes and goes once a layer leaves
     holes; what stays (weights, kept inputs) leaves none. Both constants are fitted to twelve updates.
     """
-    return int(constant("fragments_least") + constant("fragments") * layer_peak(shape, batch, settings.route))
+    return int(constant("fragments_least") + constant("fragments") * layer_peak(shape, batch, route))
 
 
 def allocated(parts: dict[str, int]) -> int:

@@ -15,6 +15,8 @@ gate and of up.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,7 @@ from slothrl_kernels.nf4_group import Part, unpack_group
 from slothrl_kernels.nf4_weight import Nf4Weight
 
 TILE = 2**27  # bytes of gate and up that a tile may have; half of that cost 5 % of an 8B layer with 4,096 tokens
+ROOMY = 15 * 2**30  # bytes of a device on which it may have twice as much: 1 to 3 % of such a layer for 113 MiB
 MOST = 8  # tiles: each reads and writes the sum of dx once more
 GRAIN = 128  # columns: what GEMMs are cut into
 
@@ -38,13 +41,23 @@ def tiles_of(parts: LayerParts, x: Tensor) -> list[slice]:
     """
     inner = parts.down.weight.shape[1]
     packed = all(isinstance(p.weight, Nf4Weight) for p in (*parts.inner, parts.down))
-    step = columns_of(x.size(0), inner, x.element_size()) if packed else inner
+    step = columns_of(x.size(0), inner, x.element_size(), tile_bytes(_memory_of(x.device))) if packed else inner
     return [slice(begin, min(begin + step, inner)) for begin in range(0, inner, step)]
 
 
-def columns_of(tokens: int, inner: int, width: int) -> int:
-    """Columns of a tile, F or fewer, for `tokens` of `inner` columns of `width` bytes a value."""
-    count = min(MOST, -(-tokens * 2 * inner * width // TILE))
+def tile_bytes(total: int) -> int:
+    """What gate and up of a tile may take on a device of `total` bytes."""
+    return TILE if total < ROOMY else 2 * TILE
+
+
+@cache
+def _memory_of(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
+def columns_of(tokens: int, inner: int, width: int, tile: int) -> int:
+    """Columns of a tile of so many bytes, F or fewer, for `tokens` of `inner` columns of `width` bytes a value."""
+    count = min(MOST, -(-tokens * 2 * inner * width // tile))
     return inner if count < 2 else min(inner, -(-inner // count // GRAIN) * GRAIN)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from slothrl_kernels import Projection
 from slothrl_kernels.decoder_layer import HOLD, decoder_layer
-from slothrl_kernels.layer_mlp import tiles_of
+from slothrl_kernels.layer_mlp import columns_of, tile_bytes, tiles_of
 from slothrl_kernels.layer_parts import LayerParts, Norm
 from slothrl_kernels.layer_reference import decoder_layer_reference
 from slothrl_kernels.lora_flat import adapter_values
@@ -148,6 +148,8 @@ def test_how_many_tiles():
     assert tiles(4096, nf4) == [slice(0, 7168), slice(7168, 14336)]
     assert len(tiles(32768, nf4)) == 8 and len(tiles(512, nf4)) == 1
     assert tiles(4096, lambda *shape: torch.empty(shape, device="meta")) == [slice(0, 14336)]
+    assert [tile_bytes(gib << 30) >> 20 for gib in (0, 8, 12, 16, 80)] == [128, 128, 128, 256, 256]
+    assert columns_of(4096, 14336, 2, tile_bytes(24 << 30)) == 14336
 
 
 def test_x_alone_and_adapters_alone():
